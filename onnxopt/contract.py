@@ -1,0 +1,197 @@
+"""The contract between passes and the manager: plain values and one small base class.
+
+A pass looks at a model and yields `Edit`s (what it could change) and `Refusal`s (near misses with their
+reason). It changes the graph only inside `Edit.apply`, which the manager calls, or leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import onnx_ir as ir
+
+    from onnxopt.analysis.shapes import Shapes
+
+Target = Literal["portable", "cpu", "cuda"]
+TARGETS: tuple[Target, ...] = ("portable", "cpu", "cuda")
+
+
+class Guarantee(enum.Enum):
+    """What a pass promises about the outputs of the model it changes."""
+
+    EXACT = "exact"
+    """Only floating-point rounding may differ."""
+    APPROXIMATE = "approximate"
+    """Outputs may move; the user's error budget judges by how much."""
+    REDEFINES = "redefines"
+    """A new function or signature; the result becomes the reference for what follows."""
+
+
+@dataclasses.dataclass(frozen=True, order=True, slots=True)
+class Site:
+    """Where an edit happens. Stable across runs, because passes are deterministic.
+
+    Attributes:
+        pass_name: Name of the pass.
+        graph: Path of the graph: "" for the main graph, "If_3.then_branch" for a nested one,
+            "function domain::name" for a model-local function.
+        output: Name of the first output of the node (or of the initializer) that the edit is about.
+    """
+
+    pass_name: str
+    graph: str
+    output: str
+
+    def __str__(self) -> str:
+        """Return e.g. `fuse-conv-bn at /layer1/conv1/Conv_output_0 (in If_3.then_branch)`."""
+        inside = f" (in {self.graph})" if self.graph else ""
+        return f"{self.pass_name} at {self.output}{inside}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Edit:
+    """One change a pass proposes: `apply` makes it, and nothing else may touch the graph."""
+
+    site: Site
+    summary: str
+    apply: Callable[[], None]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refusal:
+    """A near miss: something that looked like a site, and why it was left alone."""
+
+    site: Site
+    reason: str
+
+
+class Evaluate(Protocol):
+    """Computes one node from constant inputs, in ONNX Runtime."""
+
+    def __call__(self, node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -> list[np.ndarray] | None:
+        """Return one array per output, or None where the runtime has no kernel or rejects the node."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """What a pass may know besides the model.
+
+    Attributes:
+        target: "portable" allows standard ONNX ops of the model's own opset; "cpu" and "cuda" also allow ops
+            that ONNX Runtime has kernels for on that provider.
+        seed: Seeds whatever a pass draws at random.
+        evaluate: Computes a node from constants.
+        shapes: What is known about the shapes of this model's values. The manager gives every trial its own; it stays
+            valid while exact passes edit the model.
+    """
+
+    target: Target
+    seed: int
+    evaluate: Evaluate
+    shapes: Shapes
+
+
+class GraphPass:
+    """Base of every pass. A pass is a frozen, keyword-only dataclass whose fields are its options.
+
+    The option fields are builtins or Literal types with defaults; their meaning and unit stand in the
+    class docstring under `Attributes:`. The command line, recipe files and `onnxopt passes NAME` are derived
+    from them. A pass does no I/O, opens no session and keeps no state.
+
+    Attributes:
+        name: What pipelines call it, in kebab-case.
+        guarantee: What it promises about the outputs.
+    """
+
+    name: ClassVar[str]
+    guarantee: ClassVar[Guarantee]
+
+    def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
+        """Return why the pass does not apply to this model, or None. Not applicable is not a failure."""
+        return None
+
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        """Yield what could be changed and what was refused.
+
+        The generator is resumed after the manager has called `apply`, or has not: it must look at the graph as
+        it then is.
+        """
+        raise NotImplementedError
+
+    def caveat(self) -> str:
+        """Return a sentence that the report prints whenever an edit of this pass stands, or an empty string."""
+        return ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AppliedEdit:
+    """An edit that stands in the result."""
+
+    site: Site
+    summary: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DroppedEdit:
+    """An edit that was found guilty and is not in the result.
+
+    Attributes:
+        reason: In words: the crash, the output that deviated and by how much, or the slowdown.
+    """
+
+    site: Site
+    summary: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did.
+
+    Attributes:
+        name: Name of the pass.
+        spec: The pass as a pipeline string, with the options that differ from their defaults.
+        guarantee: "exact", "approximate" or "redefines".
+        status: "kept" (at least one edit stands), "dropped" (all its edits were), "unchanged" (nothing to do),
+            "skipped" (does not apply).
+        reason: Why it was skipped or dropped as a whole; empty otherwise.
+        applied: The edits that stand, in order.
+        dropped: The edits that do not, each with its reason.
+        refusals: Reason -> how often, for near misses.
+        seconds: Time spent in the pass itself, all rounds together.
+    """
+
+    name: str
+    spec: str
+    guarantee: str
+    status: Literal["kept", "dropped", "unchanged", "skipped"]
+    reason: str
+    applied: tuple[AppliedEdit, ...]
+    dropped: tuple[DroppedEdit, ...]
+    refusals: tuple[tuple[str, int], ...]
+    seconds: float
+
+
+class Progress(Protocol):
+    """Told what a long run is doing. The command line draws it; the library's default ignores it."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """A new stage begins; `total` is its number of steps where that is known."""
+
+    def advance(self, steps: int = 1) -> None:
+        """`steps` of the current stage are done."""
+
+
+class Silent:
+    """The progress nobody sees."""
+
+    def stage(self, text: str, total: int | None = None) -> None:
+        """Ignore."""
+
+    def advance(self, steps: int = 1) -> None:
+        """Ignore."""

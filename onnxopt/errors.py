@@ -1,0 +1,42 @@
+"""What can go wrong, each with the exit code the command line ends with."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class OnnxOptError(Exception):
+    """Any error onnxopt raises on purpose. The message is one sentence that says what to do.
+
+    Attributes:
+        exit_code: What the command line exits with: 1 when a stated requirement is not met, 2 when the input,
+            the options or the output cannot be used.
+    """
+
+    exit_code: ClassVar[int] = 2
+
+
+class UsageError(OnnxOptError):
+    """An option, a pass name or a pipeline string that cannot be used."""
+
+
+class ModelError(OnnxOptError):
+    """A model that cannot be read, is malformed, or reaches outside its folder."""
+
+
+class OutputError(OnnxOptError):
+    """An output that cannot be written."""
+
+
+class DataError(OnnxOptError):
+    """Inputs, labels or calibration data that do not fit the model."""
+
+
+class RuntimeFailure(OnnxOptError):  # noqa: N818 - "RuntimeError" would shadow the builtin
+    """ONNX Runtime is missing, or cannot load or run a model."""
+
+
+class VerificationError(OnnxOptError):
+    """The result does not compute what the original computes, or misses the user's budget."""
+
+    exit_code: ClassVar[int] = 1

@@ -1,0 +1,143 @@
+"""Which passes there are: name -> where it lives and one line about it.
+
+Built-in passes are known as strings, so that listing them imports nothing heavy. Other packages add theirs
+through the entry-point group `onnxopt.passes`:
+
+    [project.entry-points."onnxopt.passes"]
+    my-pass = "my_package.my_pass:MyPass"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from onnxopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from onnxopt.contract import GraphPass
+
+ENTRY_POINT_GROUP = "onnxopt.passes"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """Where a pass is found.
+
+    Attributes:
+        name: Its name in pipelines.
+        location: "module:Class".
+        summary: One line.
+        package: The distribution that registered it; empty for the built-in ones.
+    """
+
+    name: str
+    location: str
+    summary: str
+    package: str = ""
+
+
+def _entry(name: str, location: str, summary: str) -> tuple[str, Entry]:
+    return name, Entry(name, f"onnxopt.passes.{location}", summary)
+
+
+BUILTIN: dict[str, Entry] = dict(
+    [
+        _entry(
+            "fold-constants",
+            "simplify.fold_constants:FoldConstants",
+            "Compute what does not depend on the inputs, without making the model bigger.",
+        ),
+        _entry(
+            "settle-shapes",
+            "simplify.settle_shapes:SettleShapes",
+            "Replace shape arithmetic whose result is known.",
+        ),
+        _entry(
+            "merge-layout",
+            "simplify.merge_layout:MergeLayout",
+            "Merge chains of Reshape, Transpose, Squeeze, Unsqueeze and Flatten.",
+        ),
+        _entry(
+            "remove-identities",
+            "simplify.remove_identities:RemoveIdentities",
+            "Remove nodes that return their input unchanged.",
+        ),
+        _entry(
+            "remove-dead-code",
+            "simplify.remove_dead_code:RemoveDeadCode",
+            "Remove nodes, initializers and functions that no output depends on.",
+        ),
+        _entry(
+            "merge-common-subexpressions",
+            "simplify.merge_common_subexpressions:MergeCommonSubexpressions",
+            "Compute once what is computed twice.",
+        ),
+        _entry(
+            "deduplicate-initializers",
+            "simplify.deduplicate_initializers:DeduplicateInitializers",
+            "Store equal initializers once.",
+        ),
+        _entry(
+            "fuse-conv-bn",
+            "fuse.conv_bn:FuseConvBatchNorm",
+            "Fold BatchNormalization into the convolution before it.",
+        ),
+        _entry(
+            "quantize-weights",
+            "quantize.quantize_weights:QuantizeWeights",
+            "Store weights as 8-bit integers, per tensor or per channel.",
+        ),
+        _entry(
+            "prune-weights",
+            "prune.prune_weights:PruneWeights",
+            "Set the smallest weights to zero, by threshold, ratio or N:M.",
+        ),
+    ]
+)
+
+
+@functools.cache
+def entries() -> dict[str, Entry]:
+    """Return every pass by name, built-in ones first; a built-in name cannot be taken over."""
+    found = dict(BUILTIN)
+    for point in sorted(importlib.metadata.entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.name, p.value)):
+        package = point.dist.name if point.dist is not None else "?"
+        found.setdefault(point.name, Entry(point.name, point.value, f"From the package {package}.", package))
+    return found
+
+
+def nearest(word: str, known: list[str]) -> str:
+    """Return a suggestion such as ` Did you mean "fuse-conv-bn"?`, or an empty string."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    return f' Did you mean "{close[0]}"?' if close else ""
+
+
+def load(name: str) -> type[GraphPass]:
+    """Import the class of a pass.
+
+    Raises:
+        UsageError: If there is no such pass, or what is registered is not one.
+    """
+    from onnxopt.contract import GraphPass
+
+    entry = entries().get(name)
+    if entry is None:
+        raise UsageError(
+            f'There is no pass "{name}".{nearest(name, list(entries()))} `onnxopt passes` lists them.'
+        )
+    module, _, attribute = entry.location.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        origin = f" of the package {entry.package}" if entry.package else ""
+        raise UsageError(f'The pass "{name}"{origin} cannot be imported from {entry.location}: {error}') from error
+    if not (isinstance(found, type) and issubclass(found, GraphPass) and dataclasses.is_dataclass(found)):
+        raise UsageError(
+            f'{entry.location}, the pass "{name}", is not a dataclass derived from onnxopt.GraphPass.'
+        )
+    return found
