@@ -1,0 +1,148 @@
+"""The command line. Commands are imported when they are called, so that `--help` answers at once.
+
+Exit codes: 0 done; 1 verification failed or a stated requirement is not met; 2 usage, unreadable input or
+unwritable output; 70 a defect of onnxopt itself; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+import click
+
+from onnxopt import __version__
+from onnxopt.errors import OnnxOptError
+from onnxopt.report.words import sentence
+
+_COMMANDS: dict[str, tuple[str, str]] = {
+    "optimize": ("onnxopt.cli.optimize", "Optimize a model; verify, measure and report what changed."),
+    "inspect": ("onnxopt.cli.inspect", "Show what a model consists of and what the passes would do."),
+    "verify": ("onnxopt.cli.verify", "Compare the outputs of two models."),
+    "bench": ("onnxopt.cli.bench", "Time a model, or two against each other."),
+    "passes": ("onnxopt.cli.passes", "List the passes and recipes, or describe one."),
+    "explain": ("onnxopt.cli.explain", "Show every edit a pass would make, and why it left the rest alone."),
+}
+"""Name -> (module with the click command `command`, one line)."""
+
+EXIT_INTERNAL = 70
+"""What a defect ends with (EX_SOFTWARE of sysexits.h)."""
+
+EXIT_INTERRUPTED = 130
+
+DEBUG_VARIABLE = "ONNXOPT_DEBUG"
+
+_EPILOG = """
+\b
+Examples:
+  onnxopt optimize model.onnx -o model.opt.onnx
+  onnxopt inspect model.onnx
+  onnxopt passes quantize-weights
+
+\b
+Shell completion (bash; zsh and fish work alike):
+  eval "$(_ONNXOPT_COMPLETE=bash_source onnxopt)"
+
+Exit codes: 0 done; 1 verification failed or a requirement not met; 2 usage, unreadable input or unwritable output;
+70 a defect of onnxopt (ONNXOPT_DEBUG=1 shows its traceback); 130 interrupted.
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports them when they are needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, the main one first."""
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command; None when there is none of this name."""
+        if cmd_name not in _COMMANDS:
+            return None
+        command = importlib.import_module(_COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in _COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or fail with the nearest name."""
+        name = args[0]
+        if name not in _COMMANDS and not name.startswith("-"):
+            close = difflib.get_close_matches(name, _COMMANDS, n=1, cutoff=0.4)
+            hint = f' Did you mean "{close[0]}"?' if close else ""
+            ctx.fail(f'There is no command "{name}".{hint} There are: {", ".join(_COMMANDS)}.')
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; turn what goes wrong into one sentence and an exit code."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except OnnxOptError as error:
+            _end(ctx, f"Error: {sentence(str(error))}", error.exit_code)
+        except KeyboardInterrupt:
+            stands = f"{' and '.join(written())} had been written" if written() else "nothing was written"
+            _end(ctx, f"\nInterrupted; {stands}.", EXIT_INTERRUPTED)
+        except MemoryError:
+            _end(ctx, "Error: There is not enough memory for this model on this machine.", 2)
+        except Exception as error:  # the last line of defence: a user gets a sentence, not a traceback
+            if isinstance(error, OSError) and error.errno == errno.EPIPE:
+                raise
+            if os.environ.get(DEBUG_VARIABLE):
+                traceback.print_exc()
+            what = sentence(f"{type(error).__name__}: {error}").rstrip(".")
+            _end(
+                ctx,
+                f"Error: Internal error in onnxopt {__version__} ({what}). Please report it; run with "
+                f"{DEBUG_VARIABLE}=1 for the traceback.",
+                EXIT_INTERNAL,
+            )
+
+
+def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
+    click.echo(message, err=True)
+    ctx.exit(code)
+
+
+def written() -> list[str]:
+    """Return the list of files the running command has finished writing; commands append to it."""
+    paths: list[str] = click.get_current_context().meta.setdefault("onnxopt.written", [])
+    return paths
+
+
+@click.group(
+    cls=LazyGroup,
+    epilog=_EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(__version__, "-V", "--version", prog_name="onnxopt", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Optimize ONNX models. Every edit is verified against the original, measured and reported."""
+
+
+def main() -> None:
+    """Run the command line; the entry point of the `onnxopt` script."""
+    for stream in (sys.stdout, sys.stderr):
+        # a model's names may hold characters that the terminal's encoding lacks
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
+    cli(prog_name="onnxopt")
+
+
+def _terminate(number: int, frame: object) -> NoReturn:
+    """End in order, so that temporary files are removed."""
+    raise SystemExit(128 + number)

@@ -1,0 +1,90 @@
+"""Where commands write: checked before the long run, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from onnxopt.errors import OutputError, UsageError
+
+
+def destination(source: str, output: str | None, *, in_place: bool) -> Path | None:
+    """Return where the model goes, or None when nothing is to be written.
+
+    Raises:
+        UsageError: If the options contradict each other, or the input would be overwritten without `--in-place`.
+        OutputError: If nothing can be written there.
+    """
+    from onnxopt.model import check_output
+
+    if in_place and output is not None:
+        raise UsageError("Give either --output or --in-place, not both.")
+    if output is not None and _same(Path(output), Path(source)):
+        raise UsageError(f"{output} is the input itself; use --in-place to overwrite it.")
+    path = source if in_place else output
+    if path is None:
+        return None
+    check_output(path)
+    return Path(path)
+
+
+def report_files(paths: tuple[str, ...], *models: Path | None) -> tuple[Path, ...]:
+    """Return where the reports go.
+
+    Args:
+        paths: The paths as given.
+        *models: What they must not overwrite.
+
+    Raises:
+        UsageError: If a name ends in something else than .json and .html, or is that of a model.
+        OutputError: If nothing can be written there.
+    """
+    from onnxopt.model import check_output
+
+    found = tuple(Path(p) for p in paths)
+    for path in found:
+        if path.suffix.lower() not in (".json", ".html"):
+            raise UsageError(f"The report {path} must end in .json or .html.")
+        if any(model is not None and _same(path, model) for model in models):
+            raise UsageError(f"The report {path} would overwrite the model.")
+        check_output(path)
+    return found
+
+
+def _same(first: Path, second: Path) -> bool:
+    if first.exists() and second.exists():
+        return first.samefile(second)
+    return first.resolve() == second.resolve()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is complete or, when something goes wrong, as it was before.
+
+    Raises:
+        OutputError: If it cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", encoding="utf-8", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+        temporary.chmod(_permissions(path))
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror or error}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _permissions(path: Path) -> int:
+    """Return the mode the file has, or a new one would get (temporary files are private)."""
+    if path.exists():
+        return stat.S_IMODE(path.stat().st_mode)
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask

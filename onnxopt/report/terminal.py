@@ -1,0 +1,281 @@
+"""The report as a person reads it on a terminal, or in a log when it is piped."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from onnxopt.report import summary, words
+
+if TYPE_CHECKING:
+    from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
+    from onnxopt.report.data import Environment, Report
+    from onnxopt.verify import OutputDeviation, Verification
+
+SITES = 2
+"""Edits listed per pass unless all are asked for."""
+
+OUTPUTS = 8
+"""Outputs listed unless all are asked for."""
+
+PLAIN_WIDTH = 100
+"""Columns of the report as a string."""
+
+_STATUS_STYLE = {"kept": "green", "dropped": "bold red", "skipped": "yellow", "unchanged": "dim"}
+_INDENT = 4
+_STATUS = 11
+
+
+def render(report: Report, console: Console, verbose: bool = False) -> None:
+    """Print a report.
+
+    Args:
+        report: The report.
+        console: Where it is printed; colours and width are the console's.
+        verbose: List every edit, near miss and output.
+    """
+    _headline(report, console)
+    _passes(report, console, verbose=verbose)
+    _comparison(report, console)
+    if report.verification is not None and report.verification.outputs:
+        outputs(report.verification, console, data=report.data, verbose=verbose)
+    _notes(report, console)
+    _footer(report, console)
+
+
+def to_text(report: Report, *, width: int = PLAIN_WIDTH, verbose: bool = False) -> str:
+    """Return a report as plain text."""
+    stream = io.StringIO()
+    render(report, Console(file=stream, width=width, color_system=None, legacy_windows=False), verbose)
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
+
+
+def _headline(report: Report, console: Console) -> None:
+    lines = [""]
+    for part in summary.headline_parts(report):
+        joined = f"{lines[-1]}, {part}" if lines[-1] else part
+        if len(joined) < console.width or not lines[-1]:
+            lines[-1] = joined
+        else:
+            lines[-1] += ","
+            lines.append(part)
+    console.print(Text("\n".join(lines), style="bold"))
+    for warning in summary.warnings(report):
+        failed = warning.startswith("FAILED")
+        console.print(Text(warning, style="bold white on red" if failed else "bold yellow"))
+
+
+def _heading(text: str, console: Console, aside: str = "") -> None:
+    console.print()
+    console.print(Text.assemble((text, "bold cyan"), (f"  {aside}" if aside else "", "dim")))
+
+
+def _passes(report: Report, console: Console, *, verbose: bool) -> None:
+    recipe = "pipeline" if report.recipe == "custom" else f"recipe {words.printable(report.recipe)}"
+    _heading("Passes", console, f"{recipe}, target {report.target}")
+    names = min(max((len(p.name) for p in report.passes), default=0), 34)
+    for done in report.passes:
+        _pass_line(done, summary.outcome(done, report.slow_passes), names, console)
+        _edits(done, console, verbose=verbose)
+        _dropped(done, console, verbose=verbose)
+        if verbose:
+            _near_misses(done, console)
+    if any(p.refusals for p in report.passes):
+        model = shlex.quote(words.printable(report.model)) if report.model else "MODEL"
+        hint = f"Why near misses were left alone: onnxopt explain {model} -p PASS"
+        console.print(Padding(Text(hint, style="dim"), (0, 0, 0, 2)))
+
+
+def _pass_line(done: PassReport, outcome: str, names: int, console: Console) -> None:
+    """Print status, name, outcome and time of one pass; an outcome that is too long goes below."""
+    style = _STATUS_STYLE[done.status]
+    seconds = words.duration(done.seconds)
+    fits = len(outcome) <= console.width - (_STATUS + 2 + names + 2 + 2 + len(seconds))
+    line = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    line.add_column(width=_STATUS, no_wrap=True)
+    line.add_column(width=names, overflow="fold")
+    line.add_column(ratio=1)
+    line.add_column(justify="right", no_wrap=True)
+    line.add_row(
+        Text(f"  {done.status}", style=style),
+        Text(words.printable(done.name), style="bold" if done.status == "kept" else ""),
+        Text(outcome if fits else "", style=style if done.status != "kept" else ""),
+        Text(seconds, style="dim"),
+    )
+    console.print(line)
+    if not fits:
+        console.print(Padding(Text(outcome, style=style), (0, 0, 0, _INDENT)))
+
+
+def _edits(done: PassReport, console: Console, *, verbose: bool) -> None:
+    shown = done.applied if verbose else done.applied[:SITES]
+    _sites([(e.site, e.summary) for e in shown], console, verbose=verbose)
+    _more(done.applied, len(shown), console)
+
+
+def _dropped(done: PassReport, console: Console, *, verbose: bool) -> None:
+    shown = done.dropped if verbose else done.dropped[: 2 * SITES]
+    for edit in shown:
+        output = edit.site.output
+        name = words.printable(output) if verbose else words.fold(output, console.width - _INDENT - 9)
+        text = Text("dropped ", style="bold red").append(name, style="red not bold")
+        if edit.site.graph:
+            text.append(f" (in {words.printable(edit.site.graph)})", style="red not bold")
+        console.print(Padding(text, (0, 0, 0, _INDENT)))
+        for line in filter(None, (edit.summary, edit.reason)):
+            console.print(Padding(Text(words.sentence(line), style="red"), (0, 0, 0, _INDENT + 8)))
+    _more(done.dropped, len(shown), console)
+
+
+def _more(edits: Sequence[AppliedEdit | DroppedEdit], shown: int, console: Console) -> None:
+    rest = len(edits) - shown
+    if rest > 0:
+        console.print(Padding(Text(f"and {rest:,} more (--verbose lists them)", style="dim"), (0, 0, 0, _INDENT)))
+
+
+def _near_misses(done: PassReport, console: Console) -> None:
+    for reason, times in done.refusals:
+        text = Text(f"near miss, {words.count(times, 'time')}: {words.sentence(reason)}", style="dim")
+        console.print(Padding(text, (0, 0, 0, _INDENT)))
+
+
+def _sites(rows: Sequence[tuple[Site, str]], console: Console, *, verbose: bool) -> None:
+    """List sites with a text each; long names are folded in the middle, or over lines when all is wanted."""
+    if not rows:
+        return
+    space = console.width - _INDENT - 2
+    width = min(max(len(words.printable(s.output)) for s, _ in rows), space * 9 // 20)
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    table.add_column(width=width, overflow="fold")
+    table.add_column(ratio=1, overflow="fold")
+    for site, text in rows:
+        name, done = words.printable(site.output), words.printable(text)
+        if not verbose:
+            name, done = words.fold(name, width), words.fold_words(done, space - width)
+        inside = f" (in {words.printable(site.graph)})" if site.graph else ""
+        table.add_row(Text(name, style="cyan"), Text(done).append(inside, style="dim"))
+    console.print(Padding(table, (0, 0, 0, _INDENT)))
+
+
+def _comparison(report: Report, console: Console) -> None:
+    _heading("Before and after", console)
+    rows(summary.rows(report), console)
+
+
+def rows(
+    compared: Sequence[summary.Row], console: Console, titles: tuple[str, str] = ("original", "result")
+) -> None:
+    """Print a table that compares two models.
+
+    Args:
+        compared: Its lines.
+        console: Where it is printed.
+        titles: What the two models are called.
+    """
+    table = _table()
+    table.add_column("")
+    table.add_column(titles[0], justify="right", no_wrap=True)
+    table.add_column(titles[1], justify="right", no_wrap=True)
+    table.add_column("change", ratio=1)
+    for row in compared:
+        # as Text, because rich reads markup in strings, and a metric's name may hold some
+        table.add_row(Text(row.label), Text(row.before), Text(row.after, style="bold"), Text(row.change))
+    console.print(Padding(table, (0, 0, 0, 1)))
+
+
+def _table() -> Table:
+    return Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=True, expand=True, header_style="dim")
+
+
+def outputs(verification: Verification, console: Console, *, data: str, verbose: bool = False) -> None:
+    """Print how far each output deviates.
+
+    Args:
+        verification: The comparison.
+        console: Where it is printed.
+        data: Where the feeds came from, in words.
+        verbose: List all outputs instead of the first few by deviation.
+    """
+    _heading("Outputs", console, summary.compared(verification, data))
+    shown, rest = summary.shown_outputs(verification, len(verification.outputs) if verbose else OUTPUTS)
+    if shown:
+        console.print(Padding(_outputs_table(shown, console, verbose=verbose), (0, 0, 0, 1)))
+    if rest:
+        text = f"and {words.count(rest, 'output')} that deviate less (--verbose lists them)"
+        console.print(Padding(Text(text, style="dim"), (0, 0, 0, _INDENT)))
+    for output in shown:
+        for remark in _remarks(output, verbose=verbose):
+            name = words.printable(output.name) if verbose else words.fold(output.name, console.width // 2)
+            console.print(Padding(Text(f"{name}: {remark}", style="dim"), (0, 0, 0, 2)))
+    for note in verification.notes:
+        console.print(Padding(Text(words.sentence(note), style="dim"), (0, 0, 0, 2)))
+
+
+def _outputs_table(shown: Sequence[OutputDeviation], console: Console, *, verbose: bool) -> Table:
+    """Lay out the deviations; the kind is shown where not all outputs are floating-point numbers."""
+    kinds = any(o.kind != "float" for o in shown)
+    width = max(12, console.width - (61 if kinds else 51))  # what the other columns leave
+    table = _table()
+    table.add_column("output", overflow="fold", ratio=1)
+    for label in ("kind", "max abs", "of range", "allowed", "cosine"):
+        if label != "kind" or kinds:
+            table.add_column(label, justify="left" if label == "kind" else "right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for output in shown:
+        name = words.printable(output.name) if verbose else words.fold(output.name, width)
+        table.add_row(
+            Text(name),
+            *([Text(output.kind)] if kinds else []),
+            words.deviation(output.max_abs),
+            words.deviation(output.relative),
+            "any" if output.tolerance == float("inf") else words.deviation(output.tolerance),
+            "-" if output.cosine is None else f"{output.cosine:.6f}",
+            Text("ok", style="green") if output.ok else Text("differs", style="bold red"),
+        )
+    return table
+
+
+def _remarks(output: OutputDeviation, *, verbose: bool) -> Iterator[str]:
+    """Yield what the table has no room for."""
+    if output.first_index is not None and (verbose or not output.ok):
+        place = ", ".join(words.printable(str(i)) for i in output.first_index)
+        yield f"first difference at [{place}]."
+    if output.note:
+        yield words.sentence(output.note)
+
+
+def _notes(report: Report, console: Console) -> None:
+    notes = summary.notes(report)
+    if not notes:
+        return
+    _heading("Notes", console)
+    for note in notes:
+        console.print(Padding(Text(note), (0, 0, 0, 2)))
+
+
+def _footer(report: Report, console: Console) -> None:
+    console.print()
+    stages = ", ".join(f"{stage} {words.duration(seconds)}" for stage, seconds in report.seconds)
+    total = words.duration(sum(seconds for _, seconds in report.seconds))
+    lines = [environment_line(report.environment), f"Took {total}: {stages}" if stages else ""]
+    if report.measurement is not None:
+        lines.insert(1, summary.placed(report.measurement))
+    for line in filter(None, lines):
+        console.print(Text(line, style="dim"))
+
+
+def environment_line(environment: Environment) -> str:
+    """Return where a run took place, on one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in environment.versions)
+    return (
+        f"{environment.provider}, {words.count(environment.threads, 'thread')} on {environment.machine}; "
+        f"{versions}, Python {environment.python}"
+    )

@@ -1,0 +1,297 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+from click.testing import Result
+
+from onnxopt import measure, registry
+from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Invoke = Callable[..., Result]
+FAST = "--no-measure"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Wrong(GraphPass):
+    """Double the weights, and claim that nothing changes."""
+
+    name = "wrong"
+    guarantee = Guarantee.EXACT
+
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        import onnx_ir as ir
+
+        weight = model.graph.initializers["w"]
+        if weight.metadata_props.get("doubled"):
+            return
+
+        def apply() -> None:
+            assert weight.const_value is not None
+            weight.const_value = ir.tensor(weight.const_value.numpy() * 2, name="w")
+            weight.metadata_props["doubled"] = "yes"
+
+        yield Edit(Site(self.name, "", "w"), "doubled", apply)
+
+
+@pytest.fixture
+def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Register the wrong pass."""
+    known = dict(registry.entries())
+    known["wrong"] = registry.Entry("wrong", "elsewhere:Wrong", "Doubles.", "other")
+    load = registry.load
+    monkeypatch.setattr(registry, "entries", lambda: known)
+    monkeypatch.setattr(registry.entries, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(registry, "load", lambda name: Wrong if name == "wrong" else load(name))
+
+
+def names_in(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()}
+
+
+def nodes(path: Path) -> list[str]:
+    return [n.op_type for n in onnx.load(path).graph.node]
+
+
+def test_the_main_job(invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    brief = functools.partial(measure, budget_seconds=0.3)
+    monkeypatch.setattr(importlib.import_module("onnxopt.optimize"), "measure_models", brief)
+    out = tmp_path / "out.onnx"
+    done = invoke("optimize", model, "-o", out)
+    assert done.exit_code == 0, done.stderr
+    assert "model.onnx: 2 -> 1 node" in done.stdout
+    assert "verified (outputs are equal)" in done.stdout
+    assert "Latency" in done.stdout and "NOT " not in done.stdout
+    assert f"Written to {out}." in done.stdout.replace("\n", "")
+    assert nodes(out) == ["MatMul"]
+    assert done.stderr == ""
+
+
+def test_without_an_output_nothing_is_written(invoke: Invoke, model: Path) -> None:
+    done = invoke("optimize", model, FAST)
+    assert done.exit_code == 0
+    assert "Nothing was written; name a file with -o to keep the result." in done.stdout
+    assert names_in(model.parent) == {"model.onnx"}
+    assert nodes(model) == ["Identity", "MatMul"]
+
+
+def test_in_place(invoke: Invoke, model: Path) -> None:
+    assert invoke("optimize", model, "--in-place", FAST).exit_code == 0
+    assert nodes(model) == ["MatMul"]
+    assert names_in(model.parent) == {"model.onnx"}
+
+
+def test_the_input_is_not_overwritten_by_accident(invoke: Invoke, model: Path) -> None:
+    before = model.read_bytes()
+    link = model.with_name("link.onnx")
+    link.symlink_to(model)
+    for output in (model, model.parent / ".." / "models" / "model.onnx", link):
+        done = invoke("optimize", model, "-o", output, FAST)
+        assert done.exit_code == 2
+        assert "is the input itself; use --in-place to overwrite it." in done.stderr
+    assert model.read_bytes() == before
+
+
+def test_reports_are_written_in_both_forms(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    out, page, data = tmp_path / "o.onnx", tmp_path / "r.html", tmp_path / "r.json"
+    done = invoke("optimize", model, "-o", out, "--report", page, "--report", data, FAST)
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(data.read_text())
+    assert content["output"] == str(out)
+    assert content["headline"].startswith("model.onnx: 2 -> 1 node")
+    assert page.read_text().startswith("<!doctype html>")
+    assert data.stat().st_mode & 0o777 == 0o666 & ~current_umask()
+    assert names_in(tmp_path) == {"models", "o.onnx", "r.html", "r.json"}
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@pytest.mark.parametrize("name", ["report.txt", "report", "report.json.gz"])
+def test_a_report_of_unknown_form_is_refused_before_the_run(invoke: Invoke, model: Path, name: str) -> None:
+    done = invoke("optimize", model, "--report", model.parent / name)
+    assert done.exit_code == 2
+    assert "must end in .json or .html." in done.stderr
+
+
+def test_a_report_does_not_overwrite_the_model(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    done = invoke("optimize", model, "-o", out, "--report", out, FAST)
+    assert done.exit_code == 2
+    assert "would overwrite the model." in done.stderr
+    assert not out.exists()
+
+
+def test_quiet_prints_nothing_but_warnings(
+    invoke: Invoke, model: Path, model_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    done = invoke("optimize", model, "-q", FAST)
+    assert (done.exit_code, done.output) == (0, "")
+    model_proto.graph.node[0].op_type = "Frobnicate"
+    model.write_bytes(model_proto.SerializeToString())
+    done = invoke("optimize", model, "-q", FAST)
+    assert done.stdout == ""
+    assert done.stderr.startswith("Warning: NOT VERIFIED: ONNX Runtime cannot load the model: ")
+    assert invoke("optimize", model, "-q", FAST, "--no-verify").output == ""
+
+
+def test_a_wrong_pass_is_dropped_and_reported(invoke: Invoke, model: Path, tmp_path: Path, wrong: None) -> None:
+    out, alone = tmp_path / "o.onnx", tmp_path / "alone.onnx"
+    done = invoke("optimize", model, "-o", out, "-p", "remove-identities,wrong", FAST)
+    assert done.exit_code == 0, done.stderr
+    assert "dropped w" in done.stdout
+    assert invoke("optimize", model, "-o", alone, "-p", "remove-identities", FAST).exit_code == 0
+    assert out.read_bytes() == alone.read_bytes()
+
+
+def test_strict_turns_a_dropped_edit_into_a_failure(
+    invoke: Invoke, model: Path, tmp_path: Path, wrong: None
+) -> None:
+    out, data = tmp_path / "o.onnx", tmp_path / "r.json"
+    done = invoke(
+        "optimize", model, "-o", out, "-p", "remove-identities,wrong", FAST, "--strict", "--report", data
+    )
+    assert done.exit_code == 1
+    assert done.stderr == f"Error: 1 edit was dropped, and --strict is given. {out} was not written.\n"
+    assert "dropped w" in done.stdout
+    assert not out.exists()
+    assert json.loads(data.read_text())["dropped"] == 1
+
+
+def test_strict_wants_a_verified_result(
+    invoke: Invoke, model: Path, model_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    model_proto.graph.node[0].op_type = "Frobnicate"
+    model.write_bytes(model_proto.SerializeToString())
+    out = tmp_path / "o.onnx"
+    assert invoke("optimize", model, "-o", out, FAST).exit_code == 0
+    out.unlink()
+    done = invoke("optimize", model, "-o", out, FAST, "--strict")
+    assert done.exit_code == 1
+    assert "could not be verified, which --strict needs" in done.stderr
+    assert not out.exists()
+
+
+def test_a_budget_wants_a_verified_result(invoke: Invoke, model: Path, model_proto: onnx.ModelProto) -> None:
+    model_proto.graph.node[0].op_type = "Frobnicate"
+    model.write_bytes(model_proto.SerializeToString())
+    done = invoke("optimize", model, "--max-error", "1%", FAST)
+    assert done.exit_code == 1
+    assert "could not be verified, which a budget needs" in done.stderr
+
+
+def test_a_lossy_pass_without_a_budget_is_applied_and_its_deviation_reported(
+    invoke: Invoke, model: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "r.json"
+    done = invoke(
+        "optimize",
+        model,
+        "-p",
+        "quantize-weights{min_elements=1}",
+        FAST,
+        "--report",
+        data,
+        "-o",
+        tmp_path / "o.onnx",
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(data.read_text())["verification"]["worst"] > 0
+
+
+def test_a_budget_that_is_missed_drops_the_edit(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "r.json"
+    done = invoke(
+        "optimize", model, "-p", "quantize-weights{min_elements=1}", "--max-error", "1e-9", FAST, "--report", data
+    )
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(data.read_text())["dropped"] == 1
+
+
+def test_options_reach_the_run(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    data, feeds = tmp_path / "r.json", tmp_path / "feeds.npz"
+    np.savez(feeds, x=np.ones((3, 64), np.float32))
+    arguments = ["--threads", 2, "--seed", 7, "--target", "cpu", "--opset", 18, "--fix-shape", "batch=1"]
+    done = invoke(
+        "optimize", model, FAST, "--report", data, "--data", feeds, *arguments, "-o", tmp_path / "o.onnx"
+    )
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(data.read_text())
+    assert content["environment"]["threads"] == 2
+    assert content["target"] == "cpu"
+    assert content["opset"] == [17, 18]
+    assert str(feeds) in content["data"]
+    saved = onnx.load(tmp_path / "o.onnx")
+    assert saved.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--strict", "--no-verify"], "--strict asks for a verified result"),
+        (["--in-place", "-o", "x.onnx"], "Give either --output or --in-place, not both."),
+        (["-p", "fuse-conv"], 'Did you mean "fuse-conv-bn"?'),
+        (["-p", "prune-weights{ratoi=1}"], 'Did you mean "ratio"?'),
+        (["-p", "quantize-weights{mode=}"], 'of the pass "quantize-weights" must be'),
+        (["-p", "fuse-conv-bn{"], "is not closed"),
+        (["-p", ""], "The pipeline is empty"),
+        (["-r", "losless"], 'Did you mean "lossless"?'),
+        (["-r", "absent.toml"], "Cannot read the recipe absent.toml"),
+        (["-r", "small", "-p", "fuse-conv-bn"], "not both"),
+        (["--target", "gpu"], "'cuda'"),
+        (["--threads", "0"], "x>=1"),
+        (["--max-error", "-1"], "must be 0 or more"),
+        (["--max-error", "nan"], "must be 0 or more"),
+        (["--max-drop", "0.5%"], "needs"),
+        (["--max-drop", "5"], "ambiguous"),
+        (["--shape", "batch"], "AXIS=N"),
+        (["--fix-shape", "nonesuch=1"], "nonesuch"),
+        (["--provider", "cdua"], "cdua"),
+        (["--data", "absent.npz"], "absent.npz"),
+        (["--opset", "999"], "999"),
+        (["--recpe", "small"], "--recipe"),
+    ],
+)
+def test_bad_options_are_told_in_a_sentence(
+    invoke: Invoke,
+    model: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    complaint: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = invoke("optimize", model, *arguments, FAST)
+    assert done.exit_code == 2, done.output
+    assert complaint in done.stderr
+    assert "Traceback" not in done.output and "Internal error" not in done.output
+    assert names_in(tmp_path) == {"models"}
+
+
+def test_progress_says_nothing_in_a_short_run(invoke: Invoke, model: Path) -> None:
+    assert invoke("optimize", model, FAST).stderr == ""
+
+
+def test_colours_are_for_terminals(invoke: Invoke, model: Path) -> None:
+    assert "\x1b" not in invoke("optimize", model, FAST).stdout
+
+
+def test_a_pass_of_another_package(invoke: Invoke, model: Path, wrong: Any) -> None:
+    done = invoke("passes", "wrong")
+    assert "Double the weights, and claim that nothing changes." in done.output
+    assert "It has no options." in done.output

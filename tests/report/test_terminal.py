@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+import dataclasses
+import io
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from onnxopt.contract import AppliedEdit, DroppedEdit, Site
+from onnxopt.report.data import Report
+from onnxopt.report.terminal import OUTPUTS, render, to_text
+
+Make = Callable[..., Report]
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_the_headline_says_it_all(report: Report) -> None:
+    assert flat(to_text(report)).startswith(
+        "encoder.onnx: 1,234 -> 1,190 nodes, 1.85 -> 1.85 MB, verified (worst deviation 2.1e-07 of the output's "
+        "range), 1.12x faster (95% interval 1.09 to 1.15)"
+    )
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("verbose", [False, True])
+def test_no_line_is_wider_than_the_terminal(report: Report, width: int, verbose: bool) -> None:
+    lines = to_text(report, width=width, verbose=verbose).splitlines()
+    assert max(cell_len(line) for line in lines) <= width
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_long_names_are_folded_in_the_middle_and_shown_in_full_when_asked(report: Report, width: int) -> None:
+    name = report.passes[2].applied[0].site.output
+    short, full = (to_text(report, width=width, verbose=v) for v in (False, True))
+    assert name[:10] in short and name[-10:] in short and "..." in short
+    assert name in "".join(line[4 : 4 + (width - 6) * 9 // 20].strip() for line in full.splitlines())
+
+
+def test_nothing_is_cut_off_with_an_ellipsis(report: Report) -> None:
+    assert "…" not in to_text(report, width=60)
+
+
+def test_plain_text_has_no_escapes_and_no_trailing_blanks(report: Report) -> None:
+    text = to_text(report)
+    assert "\x1b" not in text
+    assert all(line == line.rstrip() for line in text.splitlines())
+
+
+def test_a_terminal_gets_colours(report: Report) -> None:
+    stream = io.StringIO()
+    render(report, Console(file=stream, width=80, force_terminal=True, color_system="standard"))
+    assert "\x1b[1;31mdropped" in stream.getvalue()
+
+
+def test_str_is_the_report(report: Report) -> None:
+    assert str(report) == to_text(report)
+
+
+@pytest.mark.parametrize(
+    "expected",
+    [
+        "kept fold-constants 34 edits 34 ms",
+        "and 32 more (--verbose lists them)",
+        "unchanged remove-identities nothing to do, 2 near misses 12 ms",
+        "kept merge-common-subexpressions 1 edit, 1 dropped 12 ms",
+        "(in If_3.then_branch)",
+        "dropped /bad_output_0 same as /x. output logits deviates by 3.4e-02.",
+        "skipped fuse-conv-bn the model has no BatchNormalization. 12 ms",
+        "crashed with ValueError: no.",
+        "12 edits taken back, because they make it slower: 1.20 times the original's latency (95% interval 1.15 to 1.24)",
+        "onnxopt explain models/encoder.onnx -p PASS",
+        "Nodes 1,234 1,190 -44 (-3.6%)",
+        "Parameters 462,346 461,962 -384 (-0.1%)",
+        "File size 1.85 MB 1.85 MB -1.54 kB (-0.1%)",
+        "Worst deviation - 2.1e-07 of the output's range",
+        "Latency 1.23 ms 1.10 ms ratio 0.893 (95%: 0.870 to 0.917)",
+        "Load time 8.10 ms 6.20 ms -23.5%",
+        "Peak memory 52.1 MB 51.8 MB -0.6%",
+        "compared with the runtime's optimizations off, over 3 sets of generated inputs (seed 0), batch = 1 and 2",
+        "logits 1.2e-06 2.1e-07 1.0e-05 1.000000 ok",
+        "with the runtime's optimizations on the deviation is 3.0e-07.",
+        "Zeros alone bring no speed in this runtime.",
+        "1 thread on Example CPU, 2 cores, Linux 6.1 on x86_64; onnxopt 0.1.0, onnxruntime 1.32.0, Python 3.11.7",
+        "median of 212 rounds, original and result in turn; ran 1,190 nodes on CPUExecutionProvider",
+        "Took 6.72 s: load 120 ms, passes 500 ms, measure 6.10 s",
+    ],
+)
+def test_what_is_said(report: Report, expected: str) -> None:
+    assert expected in flat(to_text(report, width=140))
+
+
+def test_verbose_lists_every_edit_and_near_miss(report: Report) -> None:
+    text = to_text(report, verbose=True)
+    assert "/Slice_33_output_0" in text
+    assert "near miss, 2 times: Dropout in training mode." in text
+    assert "logits: first difference at [0, 3]." in text
+
+
+def test_what_is_missing_is_said_loudly(make: Make) -> None:
+    text = flat(
+        to_text(
+            make(
+                verification=None,
+                not_verified="input x needs data",
+                measurement=None,
+                not_measured="measuring was turned off",
+            ),
+            width=140,
+        )
+    )
+    assert (
+        "NOT VERIFIED, NOT MEASURED NOT VERIFIED: input x needs data. NOT MEASURED: measuring was turned off."
+        in text
+    )
+
+
+def test_a_failed_verification_is_said_loudly(make: Make, logits: Any) -> None:
+    bad = dataclasses.replace(logits, ok=False, relative=0.5, first_index=(0, 3))
+    reason = "output logits deviates by 5.0e-01"
+    text = to_text(make(verification={"ok": False, "reason": reason, "outputs": (bad,), "worst": 0.5}))
+    assert "FAILED VERIFICATION: output logits deviates by 5.0e-01." in text
+    assert "differs" in text
+    assert "logits: first difference at [0, 3]." in text
+
+
+@pytest.mark.parametrize(
+    ("measured", "expected"),
+    [
+        ({"ratio": 1.2, "low": 1.1, "high": 1.3, "verdict": "slower"}, "1.20x slower (95% interval 1.10 to 1.30)"),
+        (
+            {"ratio": 1.0, "low": 0.97, "high": 1.04, "verdict": "no difference shown"},
+            "no difference in speed shown (95% interval 0.96 to 1.03 times as fast)",
+        ),
+    ],
+)
+def test_speed(make: Make, measured: dict[str, Any], expected: str) -> None:
+    assert expected in flat(to_text(make(measurement=measured)))
+
+
+def test_memory_that_is_not_known_is_left_out(make: Make) -> None:
+    assert "Peak memory" not in to_text(make(measurement={"candidate_peak_mb": None}))
+
+
+def test_nodes_on_another_provider_are_named(make: Make) -> None:
+    names = tuple(f"Add add_{i}" for i in range(7))
+    text = flat(to_text(make(measurement={"elsewhere": names, "provider": "cuda"})))
+    assert (
+        "7 nodes run elsewhere than on cuda: Add add_0, Add add_1, Add add_2, Add add_3, Add add_4 and 2 more."
+        in text
+    )
+
+
+def test_the_metric_is_shown(make: Make) -> None:
+    text = flat(to_text(make(metric={})))
+    assert "top1 0.978 -> 0.977" in text
+    assert "top1 0.978 0.977 drop 0.001 (95%: -0.002 to 0.004)" in text
+    assert "top1 was computed on 1,000 samples against labels." in text
+
+
+def test_a_metric_without_an_interval(make: Make) -> None:
+    text = to_text(make(metric={"low": float("-inf"), "high": float("inf")}))
+    assert "drop 0.001" in text and "inf" not in text.split("drop 0.001")[1].split("\n")[0]
+
+
+def test_one_of_each_is_singular(make: Make, report: Report) -> None:
+    one = dataclasses.replace(report.passes[2], refusals=(("why", 1),), dropped=())
+    text = flat(to_text(make(passes=(one,), after=dataclasses.replace(report.after, nodes=1))))
+    assert "1,234 -> 1 node," in text
+    assert "1 edit, 1 near miss" in text
+
+
+def test_nothing_to_change(make: Make, report: Report) -> None:
+    text = to_text(make(passes=(report.passes[1],), slow_passes=(), after=report.before))
+    assert text.startswith("encoder.onnx: nothing to change, 1,234 nodes, 1.85 MB,")
+
+
+def test_opset_is_shown_when_it_changed(make: Make) -> None:
+    assert "Opset" not in to_text(make())
+    assert "Opset 13 17" in flat(to_text(make(opset=(13, 17))))
+
+
+def test_only_the_worst_of_many_outputs_are_listed(make: Make, logits: Any) -> None:
+    outputs = tuple(
+        dataclasses.replace(logits, name=f"output_{i:03d}", relative=i * 1e-9, ok=i != 5) for i in range(100)
+    )
+    shown = to_text(make(verification={"outputs": outputs}))
+    assert "output_099" in shown and "output_005" in shown and "output_000" not in shown
+    assert len(set(re.findall(r"output_\d{3}", shown))) == OUTPUTS
+    assert "and 92 outputs that deviate less" in shown
+    assert "output_000" in to_text(make(verification={"outputs": outputs}), verbose=True)
+
+
+def test_hostile_names_are_harmless(make: Make, report: Report, logits: Any) -> None:
+    evil = "[bold red]x[/]\x1b[2J\u202e\n[/link]"
+    site = Site("fold-constants", evil, evil)
+    hostile = dataclasses.replace(
+        report.passes[0],
+        reason=evil,
+        applied=(AppliedEdit(site, evil),),
+        dropped=(DroppedEdit(site, evil, evil),),
+        refusals=((evil, 1),),
+    )
+    outputs = (dataclasses.replace(logits, name=evil, note=evil, kind="string"),)
+    stream = io.StringIO()
+    render(
+        make(
+            model=f"/tmp/{evil}",
+            recipe=evil,
+            data=evil,
+            notes=(evil,),
+            passes=(hostile,),
+            verification={"outputs": outputs, "notes": (evil,), "shapes": ((evil, (1,)),)},
+            measurement={"elsewhere": (evil,)},
+            metric={"name": evil},
+        ),
+        Console(file=stream, width=120, force_terminal=False),
+        verbose=True,
+    )
+    text = stream.getvalue()
+    assert "[bold red]x[/]" in text
+    assert "\x1b" not in text and "\u202e" not in text
+    assert r"\x1b[2J\u202e" in text
