@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+_MANY_OUTPUTS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -267,7 +268,13 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
         new.shape = old.shape.copy()
     if new.type is None and new.producer() is not None:
         new.type = old.type
-    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    if old.is_graph_output() and old.graph is not None:
+        outputs = old.graph.outputs
+        # The plain list inside is several times faster to go through.
+        plain = getattr(outputs, "data", outputs)
+        for index in [i for i, output in enumerate(plain) if output is old]:
+            outputs[index] = new
+    old.replace_all_uses_with(new)
 
 
 def remove_node(node: ir.Node) -> None:
@@ -278,8 +285,22 @@ def remove_node(node: ir.Node) -> None:
     """
     graph = node.graph
     assert graph is not None, "the node is in no graph"
-    graph.remove(node, safe=True)
+    nodes = getattr(graph, "_nodes", None)
+    if nodes is None or len(graph.outputs) < _MANY_OUTPUTS:
+        graph.remove(node, safe=True)
+    else:
+        # What the call above does, without going through all outputs of the graph for every node.
+        if any(use_count(o) or o.is_graph_output() for o in node.outputs):
+            raise ValueError(f"an output of {node.name or first_output(node)} is still used")
+        _detach(node)
+        node.graph = None
+        nodes.remove(node)
     _release_captures(node)
+
+
+def _detach(node: ir.Node) -> None:
+    for index in range(len(node.inputs)):
+        node.replace_input_with(index, None)
 
 
 def _release_captures(node: ir.Node) -> None:
@@ -287,8 +308,23 @@ def _release_captures(node: ir.Node) -> None:
     for _, body in bodies(node):
         for inner in body:
             _release_captures(inner)
-            for index in range(len(inner.inputs)):
-                inner.replace_input_with(index, None)
+            _detach(inner)
+
+
+def remove_unused(node: ir.Node) -> None:
+    """Take a node out of its graph when nothing uses it, and with it whatever fed only it.
+
+    Frozen initializers that lose their last use go too.
+    """
+    pending = [node]
+    while pending:
+        current = pending.pop()
+        if current.graph is None or any(use_count(v) or v.is_graph_output() for v in current.outputs):
+            continue
+        inputs = [v for v in current.inputs if v is not None]
+        remove_node(current)
+        drop_unused_constants(inputs)
+        pending.extend(p for v in inputs if (p := v.producer()) is not None)
 
 
 def insert_before(node: ir.Node, new: ir.Node) -> None:
@@ -360,6 +396,10 @@ def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
             shape=tensor.shape,
             name=name,
             base_dir=tensor.base_dir,
+        )
+    if type(tensor) is ir.LazyTensor:  # the kinds derived from it lie in a file
+        return ir.LazyTensor(
+            lambda: ir.Tensor(tensor.numpy(), dtype=tensor.dtype), tensor.dtype, tensor.shape, name=name
         )
     if isinstance(tensor, ir.StringTensor):
         return ir.StringTensor(tensor.string_data(), shape=tensor.shape, name=name)

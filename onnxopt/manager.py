@@ -265,10 +265,11 @@ def _trial(
 ) -> _Trial:
     """Clone the checkpoint and run the passes on it, to a fixed point when they are exact."""
     trial = _Trial(clone(checkpoint))
-    ctx = dataclasses.replace(ctx, shapes=Shapes(trial.model))
     rounds = MAX_ROUNDS if segment[0][1].guarantee is Guarantee.EXACT else 1
     for _ in range(rounds):
         before = len(trial.applied)
+        # Edits let more be known than what is remembered about the values they are behind.
+        ctx = dataclasses.replace(ctx, shapes=Shapes(trial.model))
         for position, graph_pass in segment:
             if position in denials.passes:
                 continue

@@ -37,9 +37,27 @@ class Recipe:
     passes: str
 
 
-_LOSSLESS = (
-    "fold-constants,remove-identities,remove-dead-code,deduplicate-initializers,"
-    "merge-common-subexpressions,fuse-conv-bn,remove-dead-code"
+_LOSSLESS = ",".join(
+    (
+        "inline-functions",
+        "inline-branches",
+        "unroll-loops",
+        "fold-constants",
+        "settle-shapes",
+        "remove-identities",
+        "simplify-algebra",
+        "merge-layout",
+        "merge-chains",
+        "merge-concats",
+        "drop-unused-outputs",
+        "fuse-gelu",
+        "fuse-normalization",
+        "remove-dead-code",
+        "deduplicate-initializers",
+        "merge-common-subexpressions",
+        "fuse-conv-bn",
+        "remove-dead-code",
+    )
 )
 
 RECIPES: dict[str, Recipe] = {

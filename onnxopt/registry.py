@@ -68,6 +68,41 @@ BUILTIN: dict[str, Entry] = dict(
             "Remove nodes that return their input unchanged.",
         ),
         _entry(
+            "inline-functions",
+            "simplify.inline_functions:InlineFunctions",
+            "Replace calls of functions by what they compute, where that does not make the model bigger.",
+        ),
+        _entry(
+            "inline-branches",
+            "simplify.inline_branches:InlineBranches",
+            "Replace an If whose condition is known by the branch it takes.",
+        ),
+        _entry(
+            "unroll-loops",
+            "simplify.unroll_loops:UnrollLoops",
+            "Replace a Loop that always runs the same few rounds by these rounds.",
+        ),
+        _entry(
+            "merge-chains",
+            "simplify.merge_chains:MergeChains",
+            "Merge Cast, Pad and Slice with the one before, and reductions with Squeeze or Unsqueeze behind.",
+        ),
+        _entry(
+            "merge-concats",
+            "simplify.merge_concats:MergeConcats",
+            "Merge Concat with Concat, and with Split and Slice where one undoes the other.",
+        ),
+        _entry(
+            "simplify-algebra",
+            "simplify.simplify_algebra:SimplifyAlgebra",
+            "Apply laws of arithmetic and logic, as far as they hold in floating point.",
+        ),
+        _entry(
+            "drop-unused-outputs",
+            "simplify.drop_unused_outputs:DropUnusedOutputs",
+            "Leave out outputs that nothing uses.",
+        ),
+        _entry(
             "remove-dead-code",
             "simplify.remove_dead_code:RemoveDeadCode",
             "Remove nodes, initializers and functions that no output depends on.",
@@ -86,6 +121,21 @@ BUILTIN: dict[str, Entry] = dict(
             "fuse-conv-bn",
             "fuse.conv_bn:FuseConvBatchNorm",
             "Fold BatchNormalization into the convolution before it.",
+        ),
+        _entry(
+            "fuse-gelu",
+            "fuse.gelu:FuseGelu",
+            "Fuse GELU in all exporters' forms.",
+        ),
+        _entry(
+            "fuse-normalization",
+            "fuse.normalization:FuseNormalization",
+            "Fuse layer and RMS normalization in all exporters' forms.",
+        ),
+        _entry(
+            "simplify-masks",
+            "simplify.simplify_masks:SimplifyMasks",
+            "Simplify the arithmetic of attention masks, and drop NaN guards that never apply.",
         ),
         _entry(
             "quantize-weights",

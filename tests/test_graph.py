@@ -173,3 +173,68 @@ def test_only_use_counts_outputs_and_captures() -> None:
     model = constant_model()
     add = next(n for n in model.graph if n.op_type == "Add")
     assert graph.only_use(add.outputs[0]) is list(model.graph)[-2]
+
+
+def test_a_removed_node_captures_nothing_any_more() -> None:
+    model = ir.from_onnx_text(NESTED)
+    x = model.graph.inputs[0]
+    assert graph.use_count(x) == 4
+    outer = model.graph.node(0)
+    model.graph.outputs[0] = x
+    graph.remove_node(outer)
+    assert graph.use_count(x) == len(x.uses()) == 0
+
+
+def test_nodes_are_removed_from_graphs_of_many_outputs() -> None:
+    outputs = ", ".join(f"float[2] y{i}" for i in range(100))
+    nodes = "".join(f"a{i} = Neg(x) y{i} = Identity(a{i})" for i in range(100))
+    model = ir.from_onnx_text(
+        f'<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => ({outputs}) {{ {nodes} }}'
+    )
+    with pytest.raises(ValueError, match="still used"):
+        graph.remove_node(model.graph.node(0))
+    for node in model.graph:
+        if node.op_type == "Identity" and node.outputs[0].name != "y7":
+            source = node.inputs[0]
+            assert source is not None
+            graph.replace_value(node.outputs[0], source)
+            graph.remove_node(node)
+    assert len(model.graph) == 101
+    assert [v.name for v in model.graph.outputs] == [f"y{i}" for i in range(100)]
+    onnx.checker.check_model(ir.to_proto(model))
+    with pytest.raises(ValueError, match="still used"):
+        graph.remove_node(model.graph.node(0))
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        ir.tensor(np.arange(3), name="old"),
+        ir.tensor(onnx.helper.make_tensor("old", onnx.TensorProto.INT4, [3], [1, 2, 3])),
+        ir.StringTensor([b"a", b"b"], shape=ir.Shape([2]), name="old"),
+        ir.ExternalTensor("f", 8, 4, ir.DataType.FLOAT, shape=ir.Shape([1]), name="old", base_dir="d"),
+    ],
+    ids=["numpy", "4 bits", "string", "external"],
+)
+def test_a_tensor_gets_a_name_without_losing_its_own(tensor: ir.TensorProtocol) -> None:
+    found = graph.named(tensor, "new")
+    assert (found.name, tensor.name) == ("new", "old")
+    assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    if isinstance(tensor, ir.ExternalTensor):
+        assert isinstance(found, ir.ExternalTensor)
+        assert (found.path, found.offset, found.length) == (tensor.path, tensor.offset, tensor.length)
+    else:
+        np.testing.assert_array_equal(found.numpy(), tensor.numpy())
+
+
+def test_unused_constants_are_dropped_wherever_they_are() -> None:
+    model = ir.from_onnx_text(
+        """<ir_version: 8, opset_import: ["" : 17]>
+        g (float[2] x, float[2] over) => (float[2] y) <float[2] over = {5, 6}, float[2] w = {1, 2}> {
+          one = Constant <value_float = 1.0>() two = Constant <value_float = 2.0>() y = Mul(x, two)
+        }"""
+    )
+    values = [*model.graph.initializers.values(), *(n.outputs[0] for n in model.graph), None]
+    graph.drop_unused_constants(values)
+    assert list(model.graph.initializers) == ["over"]
+    assert [n.outputs[0].name for n in model.graph] == ["two", "y"]

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from onnxopt.proto.encode import encode_attribute, encode_type
+
 _WIDE_TAG = 1
 """Field numbers of 16 and more take a second byte."""
 
@@ -120,7 +122,7 @@ class _Counter:
                 return total + _field(self.graph(value))
             case kinds.GRAPHS:
                 return total + sum(_field(self.graph(graph)) for graph in value)
-        return int(ir.serde.serialize_attribute(attribute).ByteSize())
+        return encode_attribute(attribute).ByteSize()
 
 
 def _varint(number: int) -> int:
@@ -175,7 +177,7 @@ def _value_info(value: ir.Value) -> int:
     if isinstance(value.type, ir.TensorType) and not value.type.denotation:
         shape = 0 if value.shape is None else _field(_shape(value.shape))
         return total + _field(_field(_number(value.type.dtype.value) + shape))
-    return total + (0 if value.type is None else _field(ir.serde.serialize_type(value.type).ByteSize()))
+    return total + (0 if value.type is None else _field(encode_type(value.type, value.shape).ByteSize()))
 
 
 def _shape(shape: ir.Shape) -> int:

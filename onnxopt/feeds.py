@@ -1,0 +1,218 @@
+"""Inputs for running a model: generated from its types and shapes, or the user's own.
+
+feeds = generate_runnable(model, session.run)
+data = load_data("samples.npz", model)
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.axes import SIZES, Axes, Kind
+from onnxopt.errors import DataError, RuntimeFailure
+from onnxopt.graph import scopes
+from onnxopt.roles import Roles
+from onnxopt.samples import Data, Feed, load_data, load_labels
+
+__all__ = ["Data", "Feed", "generate", "generate_runnable", "load_data", "load_labels"]
+
+_ALTERNATIVES: Mapping[str, tuple[tuple[Kind, ...], tuple[int, ...]]] = {
+    "images": ((Kind.HEIGHT, Kind.WIDTH), (224, 256, 320, 32, 384, 512, 640, 28, 48)),
+    "sequences": ((Kind.SEQUENCE, Kind.TOTAL), (128, 4, 1, 512, 64, 8, 256, 2, 3000)),
+    "caches": ((Kind.PAST,), (0, 16, 1)),
+    "sounds": ((Kind.SAMPLES,), (512, 16000 * 5, 16000 * 30)),
+    "widths": ((Kind.FEATURES, Kind.COUNT), (1, 2, 3, 16, 32, 64, 80, 128, 256, 512, 768)),
+    "channels": ((Kind.CHANNELS,), (1, 4, 8, 12, 16)),
+}
+"""Sizes to try, one kind of axis after the other, when the first choice does not run."""
+
+_MOST_TRIES = 40
+
+
+def generate(
+    model: ir.Model, *, seed: int = 0, sets: int = 3, shape: Mapping[str, int] | None = None
+) -> list[Feed]:
+    """Make inputs from the types, shapes, names and consumers of a model's inputs.
+
+    Axes of the same name get the same size; where nothing says otherwise sizes differ between the sets. Integers
+    that index a table stay within it, masks have padding, lengths and positions fit their axis.
+
+    Args:
+        model: The model.
+        seed: The same seed gives the same inputs.
+        sets: How many sets to make.
+        shape: Sizes of dynamic axes, by name or as "input:index".
+
+    Raises:
+        UsageError: If `shape` names an axis that is not there or is fixed.
+        DataError: If an input is of a type that cannot be generated.
+    """
+    generator = _Generator(model, seed, shape)
+    return [generator.feed(i) for i in range(sets)]
+
+
+def generate_runnable(
+    model: ir.Model,
+    run: Callable[[Feed], object],
+    *,
+    seed: int = 0,
+    sets: int = 3,
+    shape: Mapping[str, int] | None = None,
+) -> list[Feed]:
+    """Make inputs like `generate`, but only such that the model runs with them.
+
+    When the first choice of sizes does not run, others are tried. When only some sizes run, sets of the others are
+    made anew with these.
+
+    Args:
+        model: The model.
+        run: Runs it; raises `RuntimeFailure` when it cannot.
+        seed: The same seed gives the same inputs.
+        sets: How many sets to make.
+        shape: Sizes of dynamic axes, by name or as "input:index".
+
+    Returns:
+        At least one feed, at most `sets`.
+
+    Raises:
+        UsageError: If `shape` names an axis that is not there or is fixed.
+        DataError: If no inputs were found that run. The message names the inputs and what to pass.
+    """
+    generator = _Generator(model, seed, shape)
+    failures: list[RuntimeFailure] = []
+    feeds = [generator.feed(i) for i in range(sets)]
+    runs = [_runs(run, feed, failures) for feed in feeds]
+    if any(runs):
+        sizes = generator.sizes(runs.index(True))
+        for index in range(sets):
+            if not runs[index]:
+                feeds[index] = generator.feed(index, sizes)
+                runs[index] = _runs(run, feeds[index], failures)
+        return [feed for feed, ran in zip(feeds, runs, strict=True) if ran]
+    modest = [_modest(feed) for feed in feeds]
+    runs = [_runs(run, feed, failures) for feed in modest]
+    if any(runs):
+        return [feed for feed, ran in zip(modest, runs, strict=True) if ran]
+    for sizes in itertools.islice(generator.alternatives(), _MOST_TRIES):
+        if _runs(run, generator.feed(0, sizes), failures):
+            feeds = [generator.feed(i, sizes) for i in range(sets)]
+            return [feed for i, feed in enumerate(feeds) if i == 0 or _runs(run, feed, failures)]
+    raise DataError(_advice(model, generator.axes, failures[0]))
+
+
+def _runs(run: Callable[[Feed], object], feed: Feed, failures: list[RuntimeFailure]) -> bool:
+    try:
+        run(feed)
+    except RuntimeFailure as error:
+        failures.append(error)
+        return False
+    return True
+
+
+def _modest(feed: Feed) -> Feed:
+    """Return a feed whose integers are at most 1, in case they index or count something unseen."""
+    return {
+        name: np.minimum(value, 1).astype(value.dtype)
+        if isinstance(value, np.ndarray) and value.dtype.kind in "iu"
+        else value
+        for name, value in feed.items()
+    }
+
+
+class _Generator:
+    """The inputs of one model, to be made in any number and size."""
+
+    def __init__(self, model: ir.Model, seed: int, shape: Mapping[str, int] | None) -> None:
+        # Initializers that are graph inputs too have a value already.
+        self._inputs = [v for v in model.graph.inputs if not v.is_initializer()]
+        self.axes = Axes(self._inputs)
+        self._roles = Roles(model, self._inputs, self.axes)
+        self._overrides = self.axes.overrides(shape or {})
+        self._seed = seed
+
+    def sizes(self, index: int, choice: Mapping[Kind, tuple[int, ...]] = SIZES) -> dict[str, int]:
+        return self.axes.choose(index, self._overrides, choice)
+
+    def feed(self, index: int, sizes: Mapping[str, int] | None = None) -> Feed:
+        chosen = self.sizes(index) if sizes is None else sizes
+        return {v.name or "": self._roles.make(v, index, chosen, self._seed) for v in self._inputs}
+
+    def alternatives(self) -> Iterator[dict[str, int]]:
+        """Yield other sizes, the most likely first: every group of axes alone, then every pair of groups."""
+        present = {axis.kind for axis in self.axes}
+        groups = [
+            [dict.fromkeys(kinds, (size,)) for size in sizes]
+            for kinds, sizes in _ALTERNATIVES.values()
+            if present & set(kinds)
+        ]
+        single = {kind: (sizes[0],) for kind, sizes in SIZES.items()}
+        tried: list[dict[str, int]] = []
+        for group in groups:
+            for choice in group:
+                yield from _new(self.sizes(0, single | choice), tried)
+        for one, other in itertools.combinations(groups, 2):
+            for choice, second in itertools.product(one, other):
+                yield from _new(self.sizes(0, single | choice | second), tried)
+
+
+def _new(sizes: dict[str, int], tried: list[dict[str, int]]) -> Iterator[dict[str, int]]:
+    if sizes not in tried:
+        tried.append(sizes)
+        yield sizes
+
+
+def _advice(model: ir.Model, axes: Axes, failure: RuntimeFailure) -> str:
+    """Say which inputs are involved in a failure and what to pass instead."""
+    involved = _involved(model, str(failure)) or list(axes.shapes)
+    described = ", ".join(f"{name} {_described(axes, name)}" for name in involved[:4])
+    keys = [axis.key for axis in axes if axis.input in involved]
+    example = ",".join(f"{key}=N" for key in dict.fromkeys(keys[:2]))
+    sizes = f"sizes that fit with --shape {example}, or " if example else ""
+    return (
+        f"Generated inputs do not run the model. {str(failure).rstrip('.')}. It depends on {described}; "
+        f"pass {sizes}real inputs with --data."
+    )
+
+
+def _described(axes: Axes, name: str) -> str:
+    return f"[{', '.join(str(d) for d in axes.shapes[name])}]"
+
+
+def _involved(model: ir.Model, message: str) -> list[str]:
+    """Return the graph inputs that the input or node named in a message depends on."""
+    named = re.search(r'input "([^"]+)"', message)
+    names = [v.name or "" for v in model.graph.inputs]
+    if named and named[1] in names:
+        return [named[1]]
+    node_name = re.search(r'node "([^"]+)"', message)
+    if node_name is None:
+        return []
+    for scope in scopes(model):
+        for node in scope.graph:
+            if node.name == node_name[1]:
+                return [name for name in names if name in _ancestors(node)]
+    return []
+
+
+def _ancestors(node: ir.Node) -> set[str]:
+    """Return the names of the graph inputs a node depends on."""
+    found: set[str] = set()
+    pending: list[Any] = [v for v in node.inputs if v is not None]
+    seen: set[ir.Value] = set()
+    while pending:
+        value = pending.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        if value.is_graph_input() and value.name:
+            found.add(value.name)
+        producer = value.producer()
+        if producer is not None:
+            pending += [v for v in producer.inputs if v is not None]
+    return found

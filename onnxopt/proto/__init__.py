@@ -1,0 +1,1 @@
+"""ONNX protobufs and `onnx_ir` models: what is in a file, without taking the weights into memory."""
