@@ -84,9 +84,7 @@ class ModelJudge:
         budget = self._budget
         if budget.max_drop is None or budget.metric is None or budget.data is None:
             return Verdict(ok=True)
-        result = metrics.evaluate(
-            self._reference, model, budget.data, budget.labels, budget.metric, self._options
-        )
+        result = metrics.evaluate(self._reference, model, budget.data, budget.labels, budget.metric, self._options)
         if result.drop <= budget.max_drop:
             return Verdict(ok=True)
         return Verdict(

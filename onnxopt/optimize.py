@@ -7,7 +7,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -16,10 +15,10 @@ import onnx_ir as ir
 from onnxopt import feeds as feeding
 from onnxopt import manager, metrics, runtime, slowness
 from onnxopt import model as models
-from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.inspect import summary_stats
+from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import TARGETS, Context, GraphPass, Guarantee, Progress, Silent, Target
-from onnxopt.errors import DataError, RuntimeFailure, UsageError, VerificationError
+from onnxopt.errors import RuntimeFailure, UsageError, VerificationError
 from onnxopt.feeds import Data, Feed
 from onnxopt.judge import Budget, ModelJudge
 from onnxopt.measure import Measurement
@@ -196,9 +195,7 @@ def _pipeline(
     return Pipeline.recipe(recipe or (BUDGET_RECIPE if budgeted else "lossless"))
 
 
-def _run_options(
-    target: Target, provider: str | None, threads: int, custom_ops: Sequence[str]
-) -> RunOptions:
+def _run_options(target: Target, provider: str | None, threads: int, custom_ops: Sequence[str]) -> RunOptions:
     if target not in TARGETS:
         raise UsageError(
             f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.'
@@ -299,9 +296,7 @@ class _Bench:
             self.described = f"{len(feeds)} of {len(self._samples)} samples of {self._samples.name}"
             return feeds
         with runtime.open_session(self.reference, self.options, optimized=True) as session:
-            feeds = feeding.generate_runnable(
-                self.reference, session.run, seed=self._seed, shape=self._shape
-            )
+            feeds = feeding.generate_runnable(self.reference, session.run, seed=self._seed, shape=self._shape)
         self.described = f"{len(feeds)} sets of generated inputs (seed {self._seed})"
         return feeds
 
@@ -319,9 +314,7 @@ class _Bench:
         """Compare an exact candidate with the original."""
         return None if self._verifier is None else self._verifier.check(candidate, Guarantee.EXACT)
 
-    def verify(
-        self, outcome: manager.Outcome, passes: Sequence[GraphPass], budget: Budget
-    ) -> Verification | None:
+    def verify(self, outcome: manager.Outcome, passes: Sequence[GraphPass], budget: Budget) -> Verification | None:
         """Compare the result with the original under the weakest guarantee of the passes that left an edit."""
         if self._verifier is None:
             return None
@@ -334,7 +327,12 @@ class _Bench:
     def measure(self, candidate: ir.Model, progress: Progress) -> Measurement:
         """Time a candidate against the original."""
         return measure_models(
-            self.reference, candidate, feed=self._feeds[0], options=self.options, seed=self._seed, progress=progress
+            self.reference,
+            candidate,
+            feed=self._feeds[0],
+            options=self.options,
+            seed=self._seed,
+            progress=progress,
         )
 
 

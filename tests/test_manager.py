@@ -15,7 +15,12 @@ from onnxopt.errors import VerificationError
 from onnxopt.graph import scopes
 from onnxopt.manager import Verdict
 
-CTX = Context(target="portable", seed=0, evaluate=lambda node, inputs, opset: None, shapes=Shapes(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)))
+CTX = Context(
+    target="portable",
+    seed=0,
+    evaluate=lambda node, inputs, opset: None,
+    shapes=Shapes(ir.Model(ir.Graph([], [], nodes=[]), ir_version=10)),
+)
 
 
 def chain(length: int) -> ir.Model:

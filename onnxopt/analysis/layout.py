@@ -224,9 +224,7 @@ def _coarse(wanted: Rearrangement) -> list[Sequence[Axis]]:
     return [wanted.before, sorted(moved), moved, wanted.after]
 
 
-def _steps(
-    wanted: Rearrangement, stages: Sequence[Sequence[Axis]], inferred: bool
-) -> tuple[Step, ...] | None:
+def _steps(wanted: Rearrangement, stages: Sequence[Sequence[Axis]], inferred: bool) -> tuple[Step, ...] | None:
     """Turn stages into nodes: equal ones vanish, permuted ones are a Transpose, others a reshape."""
     steps: list[Step] = []
     current: Sequence[Axis] = wanted.before

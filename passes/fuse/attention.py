@@ -18,7 +18,7 @@ from onnxopt.analysis.layout import Rearrangement, Step, is_layout, plan
 from onnxopt.analysis.masks import CERTAIN, Term, is_causal, is_key_padding, term
 from onnxopt.analysis.projections import Packed, packed
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.analysis.views import Axis, Leaf, View, size_of, view, whole_factors
+from onnxopt.analysis.views import Axis, Leaf, View, view, whole_factors
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
 from onnxopt.graph import Scope, attribute, constant_ints, is_op, only_use
 from onnxopt.rewrite import Answer, Builder, Found, Refused, rewrite
@@ -195,7 +195,12 @@ def _tails(result: ir.Value) -> list[ir.Value]:
     found = [result]
     while True:
         user = only_use(found[0])
-        if user is None or not is_layout(user) or user.graph is not found[0].graph or user.inputs[0] is not found[0]:
+        if (
+            user is None
+            or not is_layout(user)
+            or user.graph is not found[0].graph
+            or user.inputs[0] is not found[0]
+        ):
             return found
         found.insert(0, user.outputs[0])
 
@@ -367,7 +372,9 @@ def _shape_of(sizes: Sequence[Dim], site: _Site, builder: Builder) -> ir.Value:
 
 def _measured(size: Dim, site: _Site) -> tuple[ir.Value, int]:
     """Return a value and its axis of this size, which is batch, queries or keys."""
-    operand = site.found.key.near if size == site.found.keys and size != site.found.queries else site.found.query.near
+    operand = (
+        site.found.key.near if size == site.found.keys and size != site.found.queries else site.found.query.near
+    )
     for source in (operand.view.source, site.found.product.inputs[0], site.found.product.inputs[1]):
         shape = site.shapes.of(source) if source is not None else None
         if source is not None and shape is not None and size in shape:
@@ -728,7 +735,9 @@ def _grouped(site: _Site) -> _Made | str:
         return bias if isinstance(bias, str) else "constants cannot express how the result is arranged"
     rotary = _rotary(site)
     if rotary is not None:
-        query, key = (dataclasses.replace(o, near=h, root=h) for o, h in zip(_operands(site), rotary.heads, strict=False))
+        query, key = (
+            dataclasses.replace(o, near=h, root=h) for o, h in zip(_operands(site), rotary.heads, strict=False)
+        )
         site = dataclasses.replace(site, found=dataclasses.replace(found, query=query, key=key))
     inputs = _joint_inputs(site, tail.value)
     if inputs is None:
@@ -746,7 +755,13 @@ def _grouped(site: _Site) -> _Made | str:
         operands: list[ir.Value | None] = list(inputs.build(builder))
         operands += [None] * (5 - len(operands))
         caches: list[ir.Value | None] = [None, None] if rotary is None else [rotary.cos, rotary.sin]
-        wanted = [*operands, *_lengths(site, builder), *caches, None, None if bias is None else bias.build(builder)]
+        wanted = [
+            *operands,
+            *_lengths(site, builder),
+            *caches,
+            None,
+            None if bias is None else bias.build(builder),
+        ]
         made = builder.op("GroupQueryAttention", _trimmed(wanted), attributes, domain=MICROSOFT)
         return builder.layout(made, tail.steps)
 
@@ -822,7 +837,9 @@ def _rotary(site: _Site) -> _Rotary | None:
             return None
         nodes.append(node)
         inner = view(source, site.shapes, selections=False, repeats=False, factors=False)
-        rotated.append(dataclasses.replace(operand.near, view=dataclasses.replace(operand.near.view, source=source)))
+        rotated.append(
+            dataclasses.replace(operand.near, view=dataclasses.replace(operand.near.view, source=source))
+        )
         del inner
     first, second = nodes
     cos, sin = first.inputs[2], first.inputs[3]
@@ -840,7 +857,7 @@ def _lean(site: _Site) -> _Made | str:
     """Write the attention with plain operators, if that takes fewer of them."""
     found = site.found
     grouped = found.groups != 1
-    if grouped and any(len(t.shape) > 3 and t.shape[1] != 1 or len(t.shape) > 4 for t in site.terms):
+    if grouped and any((len(t.shape) > 3 and t.shape[1] != 1) or len(t.shape) > 4 for t in site.terms):
         return "the masks differ between the heads that share one of K and V"
     query, key, value = _lean_steps(site)
     tail = _tail(site, _by_group(site) if grouped else lambda r: r.apart)
@@ -890,7 +907,9 @@ def _masked(
     """Apply one mask to the scores."""
     if isinstance(rows, Term):
         finite = dataclasses.replace(t, fill=LOWEST, value=None)
-        mask = site.keep(("finite", id(t.condition), t.inverted), functools.partial(_addend, finite, None), builder)
+        mask = site.keep(
+            ("finite", id(t.condition), t.inverted), functools.partial(_addend, finite, None), builder
+        )
         return builder.op("Add", [scores, _with_group_axis(site, mask, t.shape, builder)])
     if fill is None:
         assert t.value is not None

@@ -172,9 +172,7 @@ def _layer_norm(
     return Found(result, f"LayerNorm of {norm.x.name} over {over}", build)
 
 
-def _take_bias(
-    node: ir.Node, normalized: tuple[Dim, ...], shapes: Shapes
-) -> tuple[ir.Value, ir.Value | None]:
+def _take_bias(node: ir.Node, normalized: tuple[Dim, ...], shapes: Shapes) -> tuple[ir.Value, ir.Value | None]:
     """Return (value to replace, bias): the sum with a bias of the normalized shape, when that is the only use."""
     add = only_use(node.outputs[0])
     if add is None or not is_op(add, "Add") or add.graph is not node.graph:
@@ -218,9 +216,7 @@ def _rms_norm(
     return Found(node.outputs[0], f"RMSNorm of {norm.x.name}", build)
 
 
-def _recognized(
-    builder: Builder, norm: _Norm, scale: ir.Value, opset: int, dtype: ir.DataType | None
-) -> ir.Value:
+def _recognized(builder: Builder, norm: _Norm, scale: ir.Value, opset: int, dtype: ir.DataType | None) -> ir.Value:
     """Build x / sqrt(mean(x ** 2) + eps) * scale in the order that ONNX Runtime's own fusion looks for."""
     square = builder.op("Pow", [norm.x, builder.constant("two", 2, dtype)])
     axes = list(range(-norm.axes, 0))
