@@ -12,7 +12,7 @@ LAYERS = [
     {"errors"},
     {"contract"},
     {"graph", "registry", "numeric", "proto"},
-    {"rewrite", "analysis", "pipeline"},
+    {"rewrite", "instantiate", "analysis", "pipeline"},
     {"passes", "diagnosis", "ortvalues", "handover", "runtime"},
     {"model", "external", "opset", "fix_shape", "consumers", "parameters", "axes", "roles", "samples", "feeds"},
     {
@@ -35,7 +35,7 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-PASSES_MAY = {"contract", "errors", "graph", "rewrite", "analysis", "numeric"}
+PASSES_MAY = {"contract", "errors", "graph", "instantiate", "rewrite", "analysis", "numeric"}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -114,7 +114,7 @@ def _expected(node: ir.Node, opset: int) -> list[tuple[ir.DataType, int]]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         imports = [onnx.helper.make_opsetid("", opset)]
-        inferred = infer_node_outputs(schema, encode_node(node), types, data, opset_imports=imports)
+        inferred = infer_node_outputs(schema, ir.serde.serialize_node(node), types, data, opset_imports=imports)
     except (onnx.defs.SchemaError, InferenceError, RuntimeError):
         raise NotComputableError("the size of its result is not known before it is computed") from None
     return [_size_of(inferred.get(o.name or ""), node, total) for o in node.outputs]
