@@ -31,9 +31,7 @@ def compare(path: Path, comparisons: int, budget_seconds: float) -> list[float]:
         if result.verdict != "no difference shown":
             called.append(result.ratio)
     found = "".join(f" {ratio:.3f}" for ratio in called)
-    print(
-        f"{path.name}: {len(called)} of {comparisons} call a difference{':' if called else ''}{found}", flush=True
-    )
+    print(f"{path.name}: {len(called)} of {comparisons} call a difference{':' if called else ''}{found}", flush=True)
     return called
 
 

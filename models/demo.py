@@ -54,9 +54,7 @@ def main() -> None:
     data, labels = MODELS / "mnist_calibration.npz", MODELS / "mnist_calibration_labels.npy"
     optimize(before, "-o", lossless, "--data", data, "--report", OUT / "report.json")
     budget = ("--max-drop", "1%", "--metric", "top1", "--labels", labels)
-    optimize(
-        before, "-o", lossy, "--data", data, "--passes", PASSES, *budget, "--report", OUT / "report_8bit.json"
-    )
+    optimize(before, "-o", lossy, "--data", data, "--passes", PASSES, *budget, "--report", OUT / "report_8bit.json")
 
     table = Table("Model", box=box.SIMPLE_HEAD)
     for heading in ("Right answers", "Accuracy", "Nodes", "Bytes"):

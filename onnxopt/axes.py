@@ -271,8 +271,7 @@ def _shape(value: ir.Value, names: set[str], inputs: list[ir.Value]) -> tuple[in
     if value.shape is None:
         dims = _guessed_dims(value)
     return tuple(
-        dim if isinstance(dim, int) else _axis(value, index, dim, dims, names, inputs)
-        for index, dim in enumerate(dims)
+        dim if isinstance(dim, int) else _axis(value, index, dim, dims, names, inputs) for index, dim in enumerate(dims)
     )
 
 
@@ -323,9 +322,7 @@ def _kind_of_name(name: str, index: int | None = None) -> Kind | None:
     return Kind.BATCH if index == 0 and name.lower() in ("n", "b") else None
 
 
-def _kind_of_position(
-    value: ir.Value, index: int, dims: tuple[int | str | None, ...], inputs: list[ir.Value]
-) -> Kind:
+def _kind_of_position(value: ir.Value, index: int, dims: tuple[int | str | None, ...], inputs: list[ir.Value]) -> Kind:
     rank = len(dims)
     about = set(words(value.name or ""))
     if index == 0 and rank > 1:
@@ -349,9 +346,7 @@ def _image_axis(index: int, dims: tuple[int | str | None, ...]) -> Kind:
     rank = len(dims)
     last = dims[-1] in _IMAGE_CHANNELS and dims[1] not in _IMAGE_CHANNELS
     spatial = (Kind.HEIGHT, Kind.WIDTH) if rank == 4 else (Kind.DEPTH, Kind.HEIGHT, Kind.WIDTH)
-    order: tuple[Kind, ...] = (
-        (Kind.BATCH, *spatial, Kind.CHANNELS) if last else (Kind.BATCH, Kind.CHANNELS, *spatial)
-    )
+    order: tuple[Kind, ...] = (Kind.BATCH, *spatial, Kind.CHANNELS) if last else (Kind.BATCH, Kind.CHANNELS, *spatial)
     return order[index]
 
 

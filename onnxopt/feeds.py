@@ -35,9 +35,7 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[Kind, ...], tuple[int, ...]]] = {
 _MOST_TRIES = 40
 
 
-def generate(
-    model: ir.Model, *, seed: int = 0, sets: int = 3, shape: Mapping[str, int] | None = None
-) -> list[Feed]:
+def generate(model: ir.Model, *, seed: int = 0, sets: int = 3, shape: Mapping[str, int] | None = None) -> list[Feed]:
     """Make inputs from the types, shapes, names and consumers of a model's inputs.
 
     Axes of the same name get the same size; where nothing says otherwise sizes differ between the sets. Integers

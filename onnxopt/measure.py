@@ -254,9 +254,7 @@ class _Side:
 class _Duel:
     """Two models, timed in turns."""
 
-    def __init__(
-        self, baseline: ir.Model, candidate: ir.Model, feed: Feed, options: RunOptions, seed: int
-    ) -> None:
+    def __init__(self, baseline: ir.Model, candidate: ir.Model, feed: Feed, options: RunOptions, seed: int) -> None:
         self._baseline, self._candidate = _Side(baseline), _Side(candidate)
         self._feed, self._options, self._seed = feed, options, seed
         self._rounds: list[stopwatch.Round] = []

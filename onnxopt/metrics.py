@@ -504,9 +504,7 @@ def _bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _resampled(
-    both: Callable[[np.ndarray], tuple[float, float]], samples: int, seed: int, *, sign: float
-) -> _Figures:
+def _resampled(both: Callable[[np.ndarray], tuple[float, float]], samples: int, seed: int, *, sign: float) -> _Figures:
     """Compute a metric of both models on all samples, and again on samples drawn anew while the time lasts."""
     start = time.perf_counter()
     before, after = both(np.arange(samples))

@@ -186,9 +186,7 @@ class _Plan:
             self._original = self._file_it_still_is(model.graph.meta.get(ORIGINAL))
         own = sum(map(piece_bytes, self.pieces()))
         if own > MAX_PROTOBUF:
-            raise OutputError(
-                f"{name} would exceed the 2 GB that protobuf can hold, even without its initializers."
-            )
+            raise OutputError(f"{name} would exceed the 2 GB that protobuf can hold, even without its initializers.")
         self.size = own + (self.layout.size if self.layout is not None else 0)
 
     def pieces(self) -> list[Piece]:

@@ -197,9 +197,7 @@ def _pipeline(
 
 def _run_options(target: Target, provider: str | None, threads: int, custom_ops: Sequence[str]) -> RunOptions:
     if target not in TARGETS:
-        raise UsageError(
-            f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.'
-        )
+        raise UsageError(f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.')
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.")
     if provider is None:

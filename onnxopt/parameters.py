@@ -183,9 +183,7 @@ def _added_axes(site: Site) -> Answer:
     if data is None or declared is None:
         return list(range(site.length))
     for axes in itertools.combinations(range(len(declared)), site.length):
-        if tuple(s for i, s in enumerate(declared) if i not in axes) == data and all(
-            declared[a] == 1 for a in axes
-        ):
+        if tuple(s for i, s in enumerate(declared) if i not in axes) == data and all(declared[a] == 1 for a in axes):
             return axes
     return list(range(site.length))
 
@@ -291,9 +289,7 @@ def _affine_size(site: Site) -> Answer:
     """[N, C, H, W] (or with a depth) from the declared grid [N, H, W, 2]."""
     grid = site.result()
     return (
-        [grid[0], 1, *grid[1:-1]]
-        if grid is not None and len(grid) == site.length
-        else [1, 1] + [4] * (site.length - 2)
+        [grid[0], 1, *grid[1:-1]] if grid is not None and len(grid) == site.length else [1, 1] + [4] * (site.length - 2)
     )
 
 

@@ -184,9 +184,7 @@ def make_pass(name: str, options: dict[str, Any]) -> GraphPass:
         field = key.replace("-", "_")
         if field not in known:
             offer = f" It has: {', '.join(known)}." if known else " It has none."
-            raise UsageError(
-                f'The pass "{name}" has no option "{key}".{registry.nearest(field, list(known))}{offer}'
-            )
+            raise UsageError(f'The pass "{name}" has no option "{key}".{registry.nearest(field, list(known))}{offer}')
         values[field] = _convert(name, key, raw, known[field])
     return cls(**values)
 
@@ -264,9 +262,7 @@ def _from_toml(path: Path) -> Pipeline:
         raise UsageError(f"The recipe {path} is not valid TOML: {error}.") from error
     unknown = sorted(set(content) - {"name", "summary", "passes"})
     if unknown:
-        raise UsageError(
-            f'The recipe {path} has an unknown key "{unknown[0]}"; it may have name, summary and passes.'
-        )
+        raise UsageError(f'The recipe {path} has an unknown key "{unknown[0]}"; it may have name, summary and passes.')
     items = content.get("passes")
     if not isinstance(items, list) or not items or not all(isinstance(i, str) for i in items):
         raise UsageError(f'The recipe {path} needs passes = ["fold-constants", ...], a list of at least one pass.')

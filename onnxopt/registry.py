@@ -177,9 +177,7 @@ def load(name: str) -> type[GraphPass]:
 
     entry = entries().get(name)
     if entry is None:
-        raise UsageError(
-            f'There is no pass "{name}".{nearest(name, list(entries()))} `onnxopt passes` lists them.'
-        )
+        raise UsageError(f'There is no pass "{name}".{nearest(name, list(entries()))} `onnxopt passes` lists them.')
     module, _, attribute = entry.location.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -187,7 +185,5 @@ def load(name: str) -> type[GraphPass]:
         origin = f" of the package {entry.package}" if entry.package else ""
         raise UsageError(f'The pass "{name}"{origin} cannot be imported from {entry.location}: {error}') from error
     if not (isinstance(found, type) and issubclass(found, GraphPass) and dataclasses.is_dataclass(found)):
-        raise UsageError(
-            f'{entry.location}, the pass "{name}", is not a dataclass derived from onnxopt.GraphPass.'
-        )
+        raise UsageError(f'{entry.location}, the pass "{name}", is not a dataclass derived from onnxopt.GraphPass.')
     return found

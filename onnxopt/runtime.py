@@ -114,9 +114,7 @@ class Session:
         self.load_seconds = load_seconds
         self.inputs = tuple(_value_info(v) for v in session.get_inputs())
         self.outputs = tuple(_value_info(v) for v in session.get_outputs())
-        self._accepted = {
-            v.name: v for v in (*self.inputs, *map(_value_info, session.get_overridable_initializers()))
-        }
+        self._accepted = {v.name: v for v in (*self.inputs, *map(_value_info, session.get_overridable_initializers()))}
 
     def __enter__(self) -> Session:
         return self

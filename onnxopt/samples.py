@@ -110,8 +110,7 @@ def load_data(source: str | os.PathLike[str], model: ir.Model) -> Data:
     if _FUNCTION.fullmatch(text):
         return _from_function(text, slots)
     raise DataError(
-        f"There is no data {text}; give an .npz, a folder of .npz, or module:function for a function that yields "
-        "dicts."
+        f"There is no data {text}; give an .npz, a folder of .npz, or module:function for a function that yields dicts."
     )
 
 
@@ -129,9 +128,7 @@ def load_labels(path: str | os.PathLike[str]) -> np.ndarray:
         else:
             with loaded:
                 if len(loaded.files) != 1:
-                    raise DataError(
-                        f"{path} holds {len(loaded.files)} arrays; labels are an .npy or an .npz of one."
-                    )
+                    raise DataError(f"{path} holds {len(loaded.files)} arrays; labels are an .npy or an .npz of one.")
                 labels = loaded[loaded.files[0]]
     except FileNotFoundError as error:
         raise DataError(f"There is no file of labels {path}.") from error
@@ -282,9 +279,7 @@ def _from_groups(path: Path, groups: list[dict[str, _Member]], slots: Mapping[st
         for name, member in group.items():
             notes.update(_check_dtype(member, slots[name]))
             if not _fits(member.shape, slots[name].shape):
-                raise DataError(
-                    f"{member}: an array of shape {list(member.shape)} does not fit {slots[name].text}."
-                )
+                raise DataError(f"{member}: an array of shape {list(member.shape)} does not fit {slots[name].text}.")
 
     def samples() -> Iterator[Feed]:
         with _archive(path) as archive:
@@ -306,9 +301,9 @@ def _from_columns(path: Path, members: Mapping[str, _Member], slots: Mapping[str
     for column in columns:
         if column.rows and column.samples is not None and column.member.shape[0] % column.rows:
             left = column.member.shape[0] % column.rows
-            notes[
-                f"{column.member}: the last {left} rows are left out; the model takes {column.rows} at a time."
-            ] = None
+            notes[f"{column.member}: the last {left} rows are left out; the model takes {column.rows} at a time."] = (
+                None
+            )
 
     def samples() -> Iterator[Feed]:
         with _archive(path) as archive, contextlib.ExitStack() as stack:
@@ -488,9 +483,7 @@ def _header(stream: IO[bytes], where: str) -> tuple[tuple[int, ...], bool, np.dt
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(stream)
     if dtype.hasobject:
-        raise DataError(
-            f"{where}: an array of Python objects is a pickle, which is never loaded; save plain numbers."
-        )
+        raise DataError(f"{where}: an array of Python objects is a pickle, which is never loaded; save plain numbers.")
     return shape, fortran, dtype
 
 

@@ -77,8 +77,7 @@ def _values_change(what: str, before: Sequence[ir.Value], after: Sequence[ir.Val
             return f'the {what} "{one.name}" is declared as {_type(two)} instead of {_type(one)}'
         if not _same_shape(one.shape, two.shape):
             return (
-                f'the {what} "{one.name}" is declared with the shape {_shape(two.shape)} '
-                f"instead of {_shape(one.shape)}"
+                f'the {what} "{one.name}" is declared with the shape {_shape(two.shape)} instead of {_shape(one.shape)}'
             )
     return ""
 

@@ -497,10 +497,7 @@ class _Tally:
                 f'output "{self.name}" differs in {_percent(found.share)} of its elements '
                 f"(allowed {_percent(self._discrete_tolerance)}){at}"
             )
-        return (
-            f'output "{self.name}" deviates by {self.relative:.1e} of its range '
-            f"(allowed {self._tolerance:.1e}){at}"
-        )
+        return f'output "{self.name}" deviates by {self.relative:.1e} of its range (allowed {self._tolerance:.1e}){at}'
 
     @property
     def deviation(self) -> OutputDeviation:

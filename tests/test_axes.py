@@ -58,9 +58,7 @@ def test_a_name_says_what_an_axis_is(name: str, kind: Kind) -> None:
         ("x", [None], "FLOAT", [Kind.COUNT]),
     ],
 )
-def test_else_its_position_does(
-    name: str, shape: list[int | str | None], dtype: str, expected: list[Kind]
-) -> None:
+def test_else_its_position_does(name: str, shape: list[int | str | None], dtype: str, expected: list[Kind]) -> None:
     assert list(kinds(value(name, shape, ir.DataType[dtype])).values()) == expected
 
 
@@ -81,9 +79,7 @@ def test_sizes_differ_between_sets() -> None:
     assert len({axes.concrete("ids", axes.choose(index, {})) for index in range(3)}) == 3
 
 
-@pytest.mark.parametrize(
-    "name", ["past_sequence_length + sequence_length", "past_sequence_length+sequence_length"]
-)
+@pytest.mark.parametrize("name", ["past_sequence_length + sequence_length", "past_sequence_length+sequence_length"])
 def test_expressions_are_computed(name: str) -> None:
     inputs = [
         value("mask", ["batch_size", name]),
@@ -98,9 +94,7 @@ def test_expressions_are_computed(name: str) -> None:
 
 
 def test_a_total_length_is_past_plus_new() -> None:
-    axes = Axes(
-        [value("mask", ["b", "total_length"]), value("ids", ["b", "seq"]), value("past", ["b", "past_length"])]
-    )
+    axes = Axes([value("mask", ["b", "total_length"]), value("ids", ["b", "seq"]), value("past", ["b", "past_length"])])
     chosen = axes.choose(0, {})
     assert chosen["total_length"] == chosen["seq"] + chosen["past_length"]
     assert axes.choose(0, {"total_length": 4})["total_length"] == 4

@@ -49,9 +49,7 @@ def test_within_what_is_allowed_the_first_element_that_differs_is_told() -> None
         (floats(1, NAN), floats(1, INF), "is inf where the original has NaN"),
     ],
 )
-def test_nan_and_infinity_must_stand_in_the_same_places(
-    reference: np.ndarray, other: np.ndarray, words: str
-) -> None:
+def test_nan_and_infinity_must_stand_in_the_same_places(reference: np.ndarray, other: np.ndarray, words: str) -> None:
     found = difference(reference, other, allowed=INF)
     assert found.broken == words
     assert found.max_abs == INF

@@ -169,9 +169,7 @@ def test_timesteps_and_segments_are_small() -> None:
 
 
 def test_position_ids_stay_within_their_table() -> None:
-    (feed,) = feeds(
-        "g (int64[1, 6] position_ids) => (float y) <float[4, 2] t> { y = Gather(t, position_ids) }", sets=1
-    )
+    (feed,) = feeds("g (int64[1, 6] position_ids) => (float y) <float[4, 2] t> { y = Gather(t, position_ids) }", sets=1)
     assert feed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1]]
 
 
@@ -427,9 +425,7 @@ def test_masks_of_few_axes(shape: tuple[int, ...], expected: Any) -> None:
 
 @settings(deadline=None)
 @given(
-    dims=st.lists(
-        st.one_of(st.integers(0, 4), st.sampled_from(["batch", "seq", "h", "w", "?", "a+b"])), max_size=5
-    ),
+    dims=st.lists(st.one_of(st.integers(0, 4), st.sampled_from(["batch", "seq", "h", "w", "?", "a+b"])), max_size=5),
     dtype=st.sampled_from(["FLOAT", "INT64", "BOOL", "STRING", "FLOAT16", "UINT8", "BFLOAT16"]),
     name=st.sampled_from(["x", "mask", "input_ids", "lengths", "image_shape", "past.0.key", "position_ids"]),
 )
@@ -438,9 +434,7 @@ def test_any_input_can_be_generated_and_run(dims: list[int | str], dtype: str, n
     node = ir.node("Identity", [value])
     node.outputs[0].name = "y"
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape
-    model = ir.Model(
-        ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10
-    )
+    model = ir.Model(ir.Graph([value], node.outputs, nodes=[node], opset_imports={"": 21}, name="g"), ir_version=10)
     with open_session(model, optimized=False) as session:
         for feed in generate(model):
             array = session.run(feed)["y"]

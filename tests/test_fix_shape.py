@@ -63,9 +63,7 @@ def test_by_input_and_position() -> None:
 
 
 def test_names_of_inputs_may_hold_colons() -> None:
-    proto = parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) { y = Relu(x) }'
-    )
+    proto = parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[N] x) => (float[N] y) { y = Relu(x) }')
     proto.graph.input[0].name = proto.graph.node[0].input[0] = "x:0"
     assert shapes(fix_shape(load(proto), {"x:0:0": 5}))["x:0"] == "[5]"
 
@@ -138,8 +136,6 @@ def test_axes_without_a_name_are_listed() -> None:
 
 
 def test_a_model_without_dynamic_axes() -> None:
-    proto = parser.parse_model(
-        '<ir_version: 8, opset_import: ["": 17]> g (float[3] x) => (float[3] y) { y = Relu(x) }'
-    )
+    proto = parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[3] x) => (float[3] y) { y = Relu(x) }')
     with pytest.raises(UsageError, match="all inputs have a fixed shape"):
         fix_shape(load(proto), {"batch": 1})

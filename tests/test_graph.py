@@ -188,9 +188,7 @@ def test_a_removed_node_captures_nothing_any_more() -> None:
 def test_nodes_are_removed_from_graphs_of_many_outputs() -> None:
     outputs = ", ".join(f"float[2] y{i}" for i in range(100))
     nodes = "".join(f"a{i} = Neg(x) y{i} = Identity(a{i})" for i in range(100))
-    model = ir.from_onnx_text(
-        f'<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => ({outputs}) {{ {nodes} }}'
-    )
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => ({outputs}) {{ {nodes} }}')
     with pytest.raises(ValueError, match="still used"):
         graph.remove_node(model.graph.node(0))
     for node in model.graph:

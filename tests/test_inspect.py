@@ -118,9 +118,7 @@ def test_constants():
 
 
 def test_only_the_largest_constants_are_named():
-    model = declare(
-        f"{HEAD} g (float[2] x) => (float[2] y) {{ y = Abs(x) }}", **{f"w{i}": zeros(i) for i in range(15)}
-    )
+    model = declare(f"{HEAD} g (float[2] x) => (float[2] y) {{ y = Abs(x) }}", **{f"w{i}": zeros(i) for i in range(15)})
     facts = inspect(model)
     assert [c.bytes for c in facts.largest] == [4 * i for i in range(14, 4, -1)]
 

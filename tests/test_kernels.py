@@ -111,9 +111,7 @@ def call(inputs, attributes, outputs=1, opset=17, max_bytes=1 << 20):
 
 def in_runtime(op_type, inputs, attributes, opset, outputs):
     tensors = {name: ir.tensor(v) if isinstance(v, np.ndarray) else v for name, v in attributes.items()}
-    values = [
-        ir.Value(name=f"i{i}", type=ir.TensorType(ir.DataType.from_numpy(a.dtype))) for i, a in enumerate(inputs)
-    ]
+    values = [ir.Value(name=f"i{i}", type=ir.TensorType(ir.DataType.from_numpy(a.dtype))) for i, a in enumerate(inputs)]
     node = ir.node(op_type, values, tensors, num_outputs=outputs)
     for index, output in enumerate(node.outputs):
         output.name = f"o{index}"

@@ -91,9 +91,7 @@ def test_a_measurement_says_how_it_came_about(tmp_path: Path) -> None:
 
     path = tmp_path / "a.onnx"
     ir.save(chain(2), path)
-    found = measure(
-        path, chain(2), feed=FEED, budget_seconds=0.01, options=RunOptions(threads=2), progress=Listener()
-    )
+    found = measure(path, chain(2), feed=FEED, budget_seconds=0.01, options=RunOptions(threads=2), progress=Listener())
     assert (found.threads, found.provider, found.placement, found.elsewhere) == (
         2,
         "cpu",

@@ -319,9 +319,7 @@ def test_save_over_the_input(tmp_path: Path) -> None:
     save(model, path)
     np.testing.assert_array_equal(model.graph.initializers["w"].const_value.numpy(), np.arange(4096))
     assert onnx.load(path).graph.doc_string == "again"
-    np.testing.assert_array_equal(
-        onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]), np.arange(4096)
-    )
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(onnx.load(path).graph.initializer[0]), np.arange(4096))
     assert names(tmp_path) == ["m.onnx"]
 
 
@@ -453,9 +451,7 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
 def test_more_than_protobuf_can_hold(tmp_path: Path) -> None:
     """Without two gigabytes: the tensor only says that it has them."""
     model = load(small())
-    huge = ir.LazyTensor(
-        lambda: pytest.fail("read"), dtype=ir.DataType.UINT8, shape=ir.Shape([3 << 30]), name="huge"
-    )
+    huge = ir.LazyTensor(lambda: pytest.fail("read"), dtype=ir.DataType.UINT8, shape=ir.Shape([3 << 30]), name="huge")
     model.graph.register_initializer(ir.Value(name="huge", const_value=huge))
     with pytest.raises(OutputError, match="2 GB"):
         save(model, tmp_path / "o.onnx", external_data=False)
@@ -518,9 +514,7 @@ def test_constants_of_new_nodes_are_streamed(tmp_path: Path) -> None:
     constant = helper.make_tensor("c", TensorProto.FLOAT, [2048], np.full(2048, 2, np.float32))
     proto.graph.node.insert(0, helper.make_node("Constant", [], ["c"], value=constant))
     model = load(write(tmp_path, proto))
-    model.graph.register_initializer(
-        ir.Value(name="m", const_value=ir.tensor(np.full(3000, 7, np.int64), name="m"))
-    )
+    model.graph.register_initializer(ir.Value(name="m", const_value=ir.tensor(np.full(3000, 7, np.int64), name="m")))
     save(model, tmp_path / "o.onnx")
     saved = onnx.load(tmp_path / "o.onnx")
     arrays = {t.name: onnx.numpy_helper.to_array(t) for t in saved.graph.initializer}

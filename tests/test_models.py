@@ -35,9 +35,7 @@ def labels(split: str) -> np.ndarray:
 def logits(name: str) -> np.ndarray:
     session = onnxruntime.InferenceSession(MODELS / name, providers=["CPUExecutionProvider"])
     feed = images("test")
-    return np.concatenate(
-        [session.run(["logits"], {"image": feed[i : i + 100]})[0] for i in range(0, len(feed), 100)]
-    )
+    return np.concatenate([session.run(["logits"], {"image": feed[i : i + 100]})[0] for i in range(0, len(feed), 100)])
 
 
 def fetch(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -104,9 +102,7 @@ def test_form_and_signature(name, batch_norms):
     onnx.checker.check_model(model, full_check=True)
     assert sum(node.op_type == "BatchNormalization" for node in model.graph.node) == batch_norms
     (source,), (result,) = model.graph.input, model.graph.output
-    dims = [
-        [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (source, result)
-    ]
+    dims = [[dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in (source, result)]
     assert (source.name, result.name) == ("image", "logits")
     assert dims == [["batch", 1, 28, 28], ["batch", 10]]
 

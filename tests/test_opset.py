@@ -227,9 +227,7 @@ def test_large_weights_are_not_read(tmp_path: Path) -> None:
     converted.graph.initializers["w"].const_value = weight
     save(converted, tmp_path / "o.onnx")
     x = random(2, 4)
-    np.testing.assert_allclose(
-        run(onnx.load(tmp_path / "o.onnx"), {"x": x})[0], run(proto, {"x": x})[0], rtol=1e-6
-    )
+    np.testing.assert_allclose(run(onnx.load(tmp_path / "o.onnx"), {"x": x})[0], run(proto, {"x": x})[0], rtol=1e-6)
 
 
 def test_the_same_version_is_the_same_model() -> None:
@@ -245,9 +243,7 @@ def test_unknown_versions() -> None:
 
 
 def test_a_model_without_standard_operators() -> None:
-    proto = parser.parse_model(
-        '<ir_version: 8, opset_import: ["a": 1]> g (float[N] x) => (float[N] y) { y = a.B(x) }'
-    )
+    proto = parser.parse_model('<ir_version: 8, opset_import: ["a": 1]> g (float[N] x) => (float[N] y) { y = a.B(x) }')
     with pytest.raises(ModelError, match="no standard operator set"):
         convert_opset(load(proto), 17)
 

@@ -120,9 +120,7 @@ def test_survey_does_not_make_lossy_edits(model: ir.Model, monkeypatch: pytest.M
     passes: dict[str, type[GraphPass]] = {"step": Step, "lossy": Lossy}
     monkeypatch.setattr("onnxopt.preview.entries", lambda: passes)
     monkeypatch.setattr(registry, "load", passes.__getitem__)
-    monkeypatch.setattr(
-        Lossy, "run", lambda self, model, ctx: iter([Edit(Site("lossy", "", "y"), "", pytest.fail)])
-    )
+    monkeypatch.setattr(Lossy, "run", lambda self, model, ctx: iter([Edit(Site("lossy", "", "y"), "", pytest.fail)]))
     step, lossy = survey(model, CONTEXT)
     assert (len(step.edits), len(lossy.edits)) == (1, 1)
 

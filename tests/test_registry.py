@@ -29,7 +29,9 @@ def test_every_built_in_pass_is_what_it_says(name: str) -> None:
 
 
 def test_listing_imports_nothing_heavy() -> None:
-    code = "import sys, onnxopt.registry as r; r.entries(); print(sorted({'numpy', 'onnx', 'onnx_ir'} & set(sys.modules)))"
+    code = (
+        "import sys, onnxopt.registry as r; r.entries(); print(sorted({'numpy', 'onnx', 'onnx_ir'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

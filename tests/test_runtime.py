@@ -343,17 +343,13 @@ def test_an_unavailable_provider_lists_the_others(name: str) -> None:
     if "DmlExecutionProvider" in runtime.available_providers():
         pytest.skip("DirectML is there")
     with pytest.raises(RuntimeFailure, match=r"has no provider dml, only .*cpu"):
-        open_session(
-            parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), RunOptions(provider=name), optimized=False
-        )
+        open_session(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), RunOptions(provider=name), optimized=False)
 
 
 def test_nodes_that_fall_back_are_an_error_unless_allowed() -> None:
     if "AzureExecutionProvider" not in runtime.available_providers():
         pytest.skip("this build has no provider that takes no nodes")
-    model = parse(
-        "g (float[N] x) => (float[K] y) { [neg] z = Neg(x) [exp] e = Exp(z) s = Shape(x) y = Reshape(e, s) }"
-    )
+    model = parse("g (float[N] x) => (float[K] y) { [neg] z = Neg(x) [exp] e = Exp(z) s = Shape(x) y = Reshape(e, s) }")
     options = RunOptions(provider="azure")
     with pytest.raises(RuntimeFailure, match=r"1 of 4 nodes would run on the cpu instead of azure: Exp exp"):
         open_session(model, options, optimized=False)

@@ -95,9 +95,7 @@ def test_how_an_array_fills_an_input(
 
 def test_rows_that_do_not_fill_a_batch_are_noted(tmp_path: Path) -> None:
     data = load_data(npz(tmp_path / "d.npz", x=np.zeros((7, 3), np.float32)), model("float[2, 3] x"))
-    assert data.notes == (
-        f"{tmp_path / 'd.npz'}, key x: the last 1 rows are left out; the model takes 2 at a time.",
-    )
+    assert data.notes == (f"{tmp_path / 'd.npz'}, key x: the last 1 rows are left out; the model takes 2 at a time.",)
 
 
 def test_several_inputs_walk_together(tmp_path: Path) -> None:

@@ -133,9 +133,7 @@ def test_new_nan_and_infinity_are_named() -> None:
     assert nan.reason == 'output "y" is NaN where the original has 0, first at [1, 0]'
     assert nan.worst == math.inf
     zero = "float z = {0}"
-    infinite = check(
-        reference, model("a = Div(x, z) y = Add(a, x)", weights=zero), feeds=[{"x": feeds[0]["x"] + 1}]
-    )
+    infinite = check(reference, model("a = Div(x, z) y = Add(a, x)", weights=zero), feeds=[{"x": feeds[0]["x"] + 1}])
     assert infinite.reason == 'output "y" is inf where the original has 2, first at [0, 0]'
 
 
@@ -469,8 +467,7 @@ def test_other_integers_count_by_their_distance() -> None:
     assert found.ok
     assert found.worst == pytest.approx(2 / 200)
     assert (
-        "deviates by 1.0e-02 of its range"
-        in check(quantized(1), quantized(1.01), feeds=feeds, max_error=0.001).reason
+        "deviates by 1.0e-02 of its range" in check(quantized(1), quantized(1.01), feeds=feeds, max_error=0.001).reason
     )
 
 
@@ -484,9 +481,7 @@ def test_a_budget_for_an_exact_comparison_is_a_mistake() -> None:
 
 def test_a_redefined_model_only_has_to_run() -> None:
     judge = Verifier(add(0), [{"x": np.zeros((1, 4), np.float32)}])
-    new = model(
-        "a = MatMul(x, w) new = Relu(a)", outputs="float[N, 1] new", weights="float[4, 1] w = {1, 1, 1, 1}"
-    )
+    new = model("a = MatMul(x, w) new = Relu(a)", outputs="float[N, 1] new", weights="float[4, 1] w = {1, 1, 1, 1}")
     assert judge.check(new, REDEFINES).ok
     other_inputs = model("y = Neg(z)", inputs="float[N, 7] z", outputs="float[N, 7] y")
     assert judge.check(other_inputs, REDEFINES).ok

@@ -325,9 +325,7 @@ def _reduce(combine: Callable[[Iterable[Dim]], Dim]) -> ContentRule:
         gone = normalized_axes(axes or range(rank), rank)
         kept = [axis for axis in range(rank) if axis not in gone]
         positions = np.arange(len(data.items)).reshape(data.shape).transpose(*kept, *gone)
-        groups = (
-            positions.reshape(math.prod(sizes), -1).tolist() if sizes != () else [positions.reshape(-1).tolist()]
-        )
+        groups = positions.reshape(math.prod(sizes), -1).tolist() if sizes != () else [positions.reshape(-1).tolist()]
         return [_combined(combine, [data.items[i] for i in group]) for group in groups]
 
     return ContentRule(rule)

@@ -35,9 +35,7 @@ class _Atom:
         self.name = name
         self.opaque = opaque or any(is_opaque(a) for a in args)
         # The key orders atoms and tells them apart; symbols of the model and opaque ones never share one.
-        self.key = (
-            f"{'?' if opaque else '$'}{name}" if kind == "symbol" else f"{kind}({','.join(map(_key, args))})"
-        )
+        self.key = f"{'?' if opaque else '$'}{name}" if kind == "symbol" else f"{kind}({','.join(map(_key, args))})"
         self.size = 1 + sum(size(a) for a in args)
         self._hash = hash(self.key)
         self.nonneg = kind in ("symbol", "positive", "broadcast") or all(provably_nonneg(a) for a in args)
@@ -79,9 +77,7 @@ class Expr:
         self._hash = hash(terms)
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Expr) and self._hash == other._hash and self._terms == other._terms
-        )
+        return self is other or (isinstance(other, Expr) and self._hash == other._hash and self._terms == other._terms)
 
     def __hash__(self) -> int:
         return self._hash

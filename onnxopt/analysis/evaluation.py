@@ -64,9 +64,7 @@ def compute(
     arrays = _arrays(node)
     if node.op_type in kernels.OPERATORS:
         attributes = {name: _plain(a) for name, a in node.attributes.data.items()}
-        found = kernels.compute(
-            node.op_type, kernels.Call(arrays, attributes, len(node.outputs), opset, max_bytes)
-        )
+        found = kernels.compute(node.op_type, kernels.Call(arrays, attributes, len(node.outputs), opset, max_bytes))
         if found is not None:
             return found
     return _in_runtime(node, arrays, opset, evaluate, max_bytes)

@@ -527,9 +527,7 @@ def _einsum(view: View) -> list[PartialShape]:
     ellipsis = broadcast_shapes(*stretched) or ()
     if not arrow:
         letters = left.replace(",", "").replace(".", "")
-        right = ("..." if "..." in left else "") + "".join(
-            sorted(c for c in set(letters) if letters.count(c) == 1)
-        )
+        right = ("..." if "..." in left else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     before, dots, after = right.partition("...")
     if not set(before + after) <= set(sizes):
         raise Unknown

@@ -155,9 +155,7 @@ class Shapes:
 
     def outside(self, dim: Dim, body: ir.Graph) -> bool:
         """Whether the number means the same outside of the body of a node."""
-        return not any(
-            opaque and self._is_within(self._homes.get(name), body) for name, opaque in dims.symbols(dim)
-        )
+        return not any(opaque and self._is_within(self._homes.get(name), body) for name, opaque in dims.symbols(dim))
 
     def _is_within(self, graph: ir.Graph | None, body: ir.Graph) -> bool:
         while graph is not None and graph is not body:

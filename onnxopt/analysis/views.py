@@ -275,9 +275,7 @@ class _State:
         starts, ends, axes, steps = given
         if len(node.inputs) < 3 or starts is None or ends is None:
             return False
-        if (len(node.inputs) > 3 and axes is None) or (
-            len(node.inputs) > 4 and (steps is None or set(steps) != {1})
-        ):
+        if (len(node.inputs) > 3 and axes is None) or (len(node.inputs) > 4 and (steps is None or set(steps) != {1})):
             return False
         for axis, start in zip(axes or range(len(starts)), starts, strict=True):
             place = axis % len(self.axes)

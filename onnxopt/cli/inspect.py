@@ -40,9 +40,7 @@ Examples:
 )
 @options.seed_option()
 @options.json_option()
-def command(
-    model: str, shape: dict[str, int] | None, target: Target, survey: bool, seed: int, as_json: bool
-) -> None:
+def command(model: str, shape: dict[str, int] | None, target: Target, survey: bool, seed: int, as_json: bool) -> None:
     """Show what MODEL consists of, what one run costs, and what the registered passes would do.
 
     Every pass is tried by itself, with its default options, on a copy. Nothing is verified, measured or written.

@@ -184,9 +184,7 @@ def seed_option() -> Callable[[F], F]:
 
 def shape_option() -> Callable[[F], F]:
     """Add `--shape`."""
-    return click.option(
-        "--shape", type=Sizes(), help="Sizes of dynamic axes to run with, for example batch=1,seq=128."
-    )
+    return click.option("--shape", type=Sizes(), help="Sizes of dynamic axes to run with, for example batch=1,seq=128.")
 
 
 def threads_option() -> Callable[[F], F]:

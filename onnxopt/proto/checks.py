@@ -102,9 +102,7 @@ def data_type(proto: onnx.TensorProto) -> ir.DataType:
         ModelError: If it is undefined or unknown.
     """
     if proto.data_type not in _KNOWN_TYPES or not proto.data_type:
-        raise ModelError(
-            f'the tensor "{proto.name}" has the element type {proto.data_type}, which does not exist.'
-        )
+        raise ModelError(f'the tensor "{proto.name}" has the element type {proto.data_type}, which does not exist.')
     return ir.DataType(proto.data_type)
 
 

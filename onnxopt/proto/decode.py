@@ -164,8 +164,7 @@ class _Decoder:
             graph.meta[TYPES] = types
         if proto.quantization_annotation:
             graph.meta[ANNOTATIONS] = {
-                a.tensor_name: string_map(a.quant_parameter_tensor_names) or {}
-                for a in proto.quantization_annotation
+                a.tensor_name: string_map(a.quant_parameter_tensor_names) or {} for a in proto.quantization_annotation
             }
         if values.unsorted:
             sort(graph, f'the graph "{proto.name}"')
@@ -418,9 +417,7 @@ def _find(name: str, scopes: list[_Values], proto: onnx.NodeProto) -> ir.Value:
             if name in scope.pending:
                 scope.unsorted = True
             return value
-    raise ModelError(
-        f'{_node_label(proto)} uses "{name}", which is no input, no initializer and computed by no node.'
-    )
+    raise ModelError(f'{_node_label(proto)} uses "{name}", which is no input, no initializer and computed by no node.')
 
 
 def _node_label(proto: onnx.NodeProto) -> str:

@@ -121,9 +121,7 @@ class _Encoder:
         for function in model.functions.values():
             self._function(proto.functions.add(), function)
         proto.training_info.extend(model.graph.meta.get(TRAINING_INFO, ()))
-        needed = [_FIRST_IR_OF.get(d, 0) for d in self._dtypes] + [
-            _FIRST_IR_WITH_FUNCTIONS * bool(model.functions)
-        ]
+        needed = [_FIRST_IR_OF.get(d, 0) for d in self._dtypes] + [_FIRST_IR_WITH_FUNCTIONS * bool(model.functions)]
         proto.ir_version = max(model.ir_version, oldest_ir_version, *needed)
         inputs = model.graph.inputs
         if proto.ir_version < FIRST_IR_WITH_CONSTANTS:
@@ -164,11 +162,7 @@ class _Encoder:
         new = []
         for value in graph.initializers.values():
             # The tensor itself says what its type and shape are.
-            if (
-                value.name not in names
-                and (value.doc_string or value.metadata_props)
-                and not value.is_graph_input()
-            ):
+            if value.name not in names and (value.doc_string or value.metadata_props) and not value.is_graph_input():
                 new.append(value)
         for node in graph:
             for value in node.outputs:

@@ -104,9 +104,7 @@ class ExternalTensor(ir.ExternalTensor):
 
     __slots__ = ("region",)
 
-    def __init__(
-        self, region: Region, location: str, base_dir: Path, shape: ir.Shape, proto: onnx.TensorProto
-    ) -> None:
+    def __init__(self, region: Region, location: str, base_dir: Path, shape: ir.Shape, proto: onnx.TensorProto) -> None:
         super().__init__(
             location,
             region.offset,

@@ -47,8 +47,7 @@ def to_html(report: Report) -> str:
 def _top(report: Report) -> Html:
     recipe = "custom pipeline" if report.recipe == "custom" else f"recipe {report.recipe}"
     warnings = [
-        tag("p", w, class_="warning failed" if w.startswith("FAILED") else "warning")
-        for w in summary.warnings(report)
+        tag("p", w, class_="warning failed" if w.startswith("FAILED") else "warning") for w in summary.warnings(report)
     ]
     return tag(
         "header",
@@ -139,9 +138,7 @@ def _bars(report: Report) -> list[charts.Bar]:
         ("Load time", measurement.baseline_load_ms, measurement.candidate_load_ms),
         ("Peak memory", measurement.baseline_peak_mb, measurement.candidate_peak_mb),
     ]
-    bars += [
-        charts.Bar(label, b / a, f"{b / a:.1%}", certain=False) for label, a, b in costs if a and b is not None
-    ]
+    bars += [charts.Bar(label, b / a, f"{b / a:.1%}", certain=False) for label, a, b in costs if a and b is not None]
     return bars
 
 
@@ -184,11 +181,7 @@ def _outputs(verification: Verification, data: str) -> Iterable[Html]:
 
 def _point(output: OutputDeviation) -> charts.Point:
     allowed = "any" if output.tolerance == float("inf") else words.deviation(output.tolerance)
-    text = (
-        f"{words.deviation(output.relative)} of {allowed}"
-        if allowed != "any"
-        else words.deviation(output.relative)
-    )
+    text = f"{words.deviation(output.relative)} of {allowed}" if allowed != "any" else words.deviation(output.relative)
     return charts.Point(output.name, output.relative, output.tolerance, output.ok, text)
 
 
@@ -248,9 +241,7 @@ def _details(done: PassReport) -> list[Html]:
     if rest:
         found.append(tag("p", f"And {rest:,} more; the JSON report has all.", class_="dim"))
     if done.refusals:
-        rows = [
-            tag("tr", tag("td", f"{n:,}", class_="number"), tag("td", words.sentence(r))) for r, n in done.refusals
-        ]
+        rows = [tag("tr", tag("td", f"{n:,}", class_="number"), tag("td", words.sentence(r))) for r, n in done.refusals]
         found.append(_table(("times", "near miss, left alone because"), rows, numbers=(0,)))
     return found
 

@@ -170,9 +170,7 @@ def _comparison(report: Report, console: Console) -> None:
     rows(summary.rows(report), console)
 
 
-def rows(
-    compared: Sequence[summary.Row], console: Console, titles: tuple[str, str] = ("original", "result")
-) -> None:
+def rows(compared: Sequence[summary.Row], console: Console, titles: tuple[str, str] = ("original", "result")) -> None:
     """Print a table that compares two models.
 
     Args:

@@ -195,12 +195,7 @@ def _tails(result: ir.Value) -> list[ir.Value]:
     found = [result]
     while True:
         user = only_use(found[0])
-        if (
-            user is None
-            or not is_layout(user)
-            or user.graph is not found[0].graph
-            or user.inputs[0] is not found[0]
-        ):
+        if user is None or not is_layout(user) or user.graph is not found[0].graph or user.inputs[0] is not found[0]:
             return found
         found.insert(0, user.outputs[0])
 
@@ -372,9 +367,7 @@ def _shape_of(sizes: Sequence[Dim], site: _Site, builder: Builder) -> ir.Value:
 
 def _measured(size: Dim, site: _Site) -> tuple[ir.Value, int]:
     """Return a value and its axis of this size, which is batch, queries or keys."""
-    operand = (
-        site.found.key.near if size == site.found.keys and size != site.found.queries else site.found.query.near
-    )
+    operand = site.found.key.near if size == site.found.keys and size != site.found.queries else site.found.query.near
     for source in (operand.view.source, site.found.product.inputs[0], site.found.product.inputs[1]):
         shape = site.shapes.of(source) if source is not None else None
         if source is not None and shape is not None and size in shape:
@@ -837,9 +830,7 @@ def _rotary(site: _Site) -> _Rotary | None:
             return None
         nodes.append(node)
         inner = view(source, site.shapes, selections=False, repeats=False, factors=False)
-        rotated.append(
-            dataclasses.replace(operand.near, view=dataclasses.replace(operand.near.view, source=source))
-        )
+        rotated.append(dataclasses.replace(operand.near, view=dataclasses.replace(operand.near.view, source=source)))
         del inner
     first, second = nodes
     cos, sin = first.inputs[2], first.inputs[3]
@@ -907,9 +898,7 @@ def _masked(
     """Apply one mask to the scores."""
     if isinstance(rows, Term):
         finite = dataclasses.replace(t, fill=LOWEST, value=None)
-        mask = site.keep(
-            ("finite", id(t.condition), t.inverted), functools.partial(_addend, finite, None), builder
-        )
+        mask = site.keep(("finite", id(t.condition), t.inverted), functools.partial(_addend, finite, None), builder)
         return builder.op("Add", [scores, _with_group_axis(site, mask, t.shape, builder)])
     if fill is None:
         assert t.value is not None

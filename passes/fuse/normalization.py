@@ -129,9 +129,7 @@ def _centred(deviation: ir.Value, axes: int, shapes: Shapes) -> ir.Value | None:
 _Factors = tuple[tuple[ir.Value, float], ...]
 
 
-def _take_scale(
-    factors: _Factors, normalized: tuple[Dim, ...], shapes: Shapes
-) -> tuple[ir.Value | None, _Factors]:
+def _take_scale(factors: _Factors, normalized: tuple[Dim, ...], shapes: Shapes) -> tuple[ir.Value | None, _Factors]:
     """Split off the first factor that has just the normalized shape."""
     for value, exponent in factors:
         if exponent == 1 and shapes.same_shape(value, normalized):

@@ -135,9 +135,7 @@ def _narrow(node: ir.Node, unused: list[int], bodies: dict[str, int]) -> None:
     remove_unused(node)
 
 
-def _only_part(
-    scope: Scope, node: ir.Node, shapes: Shapes, names: Callable[[], Names]
-) -> Callable[[], None] | None:
+def _only_part(scope: Scope, node: ir.Node, shapes: Shapes, names: Callable[[], Names]) -> Callable[[], None] | None:
     index = next(i for i, output in enumerate(node.outputs) if _is_used(output))
     sizes, source = _sizes(scope, node, shapes), node.inputs[0]
     if sizes is None or source is None:

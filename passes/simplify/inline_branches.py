@@ -31,9 +31,7 @@ class InlineBranches(GraphPass):
             for node in scope.graph:
                 yield from self._visit(scope, node, ctx, names)
 
-    def _visit(
-        self, scope: Scope, node: ir.Node, ctx: Context, names: Callable[[], Names]
-    ) -> Iterator[Edit | Refusal]:
+    def _visit(self, scope: Scope, node: ir.Node, ctx: Context, names: Callable[[], Names]) -> Iterator[Edit | Refusal]:
         taken = _taken(node, ctx)
         if taken is None:
             return

@@ -59,9 +59,7 @@ def _before(node: ir.Node, *op_types: str) -> ir.Node | None:
 
 def _alone(node: ir.Node) -> bool:
     """Whether the only output that is used has a single use."""
-    return only_use(node.outputs[0]) is not None and not any(
-        o.uses() or o.is_graph_output() for o in node.outputs[1:]
-    )
+    return only_use(node.outputs[0]) is not None and not any(o.uses() or o.is_graph_output() for o in node.outputs[1:])
 
 
 # Cast ---------------------------------------------------------------------------------------------------------

@@ -118,9 +118,7 @@ def _unravelled(factors: Axis, sizes: Sequence[Dim], read: Grid) -> list[Axis] |
     return None if uncounted else axes
 
 
-def _moved(
-    node: ir.Node, source: ir.Value, wanted: Rearrangement, result: tuple[Dim, ...], shapes: Shapes
-) -> Answer:
+def _moved(node: ir.Node, source: ir.Value, wanted: Rearrangement, result: tuple[Dim, ...], shapes: Shapes) -> Answer:
     if wanted.shape(wanted.after) != result:
         return None
     steps = plan(wanted)
@@ -156,9 +154,7 @@ def _where(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     if known is not None and ctx.shapes.same_shape(node.outputs[0], taken):
         return Same(node.outputs[0], taken, f"the condition is always {str(known).lower()}")
     mask = _narrowed(condition, ctx.shapes)
-    if mask is None or _broadcast([mask.shape, *_shapes_of([yes, no], ctx.shapes)]) != ctx.shapes.of(
-        node.outputs[0]
-    ):
+    if mask is None or _broadcast([mask.shape, *_shapes_of([yes, no], ctx.shapes)]) != ctx.shapes.of(node.outputs[0]):
         return None
     return Found(node.outputs[0], mask.summary, lambda b: b.op("Where", [mask.build(b), yes, no]))
 

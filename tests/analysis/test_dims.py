@@ -241,9 +241,7 @@ def test_expressions_mean_what_python_computes(drawn: tuple[Dim, list[int | None
 
 @settings(max_examples=200, deadline=None)
 @given(expressions(), expressions())
-def test_claims_about_pairs_hold(
-    first: tuple[Dim, list[int | None]], second: tuple[Dim, list[int | None]]
-) -> None:
+def test_claims_about_pairs_hold(first: tuple[Dim, list[int | None]], second: tuple[Dim, list[int | None]]) -> None:
     (a, left), (b, right) = first, second
     pairs = [(x, y) for x, y in zip(left, right, strict=True) if x is not None and y is not None]
     if dims.provably_equal(a, b):

@@ -22,9 +22,7 @@ def invoke(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     def call(*args: object) -> Result:
         entries.cache_clear()
         runner = CliRunner(env={"COLUMNS": "100"})
-        return runner.invoke(
-            cli, [os.fspath(a) if isinstance(a, Path) else str(a) for a in args], prog_name="onnxopt"
-        )
+        return runner.invoke(cli, [os.fspath(a) if isinstance(a, Path) else str(a) for a in args], prog_name="onnxopt")
 
     return call
 

@@ -96,9 +96,7 @@ def interrupt(
 def test_ctrl_c_in_a_pass(model: Path, plugin: Path) -> None:
     work = model.parent
     (work / "out.onnx").write_bytes(b"old")
-    done = interrupt(
-        work, plugin, ["optimize", "model.onnx", "-o", "out.onnx", "-p", "sleep", "--report", "r.json"]
-    )
+    done = interrupt(work, plugin, ["optimize", "model.onnx", "-o", "out.onnx", "-p", "sleep", "--report", "r.json"])
     assert done.returncode == 130
     assert done.stdout == ""
     assert done.stderr == "\nInterrupted; nothing was written.\n"

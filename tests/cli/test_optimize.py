@@ -159,13 +159,9 @@ def test_a_wrong_pass_is_dropped_and_reported(invoke: Invoke, model: Path, tmp_p
     assert out.read_bytes() == alone.read_bytes()
 
 
-def test_strict_turns_a_dropped_edit_into_a_failure(
-    invoke: Invoke, model: Path, tmp_path: Path, wrong: None
-) -> None:
+def test_strict_turns_a_dropped_edit_into_a_failure(invoke: Invoke, model: Path, tmp_path: Path, wrong: None) -> None:
     out, data = tmp_path / "o.onnx", tmp_path / "r.json"
-    done = invoke(
-        "optimize", model, "-o", out, "-p", "remove-identities,wrong", FAST, "--strict", "--report", data
-    )
+    done = invoke("optimize", model, "-o", out, "-p", "remove-identities,wrong", FAST, "--strict", "--report", data)
     assert done.exit_code == 1
     assert done.stderr == f"Error: 1 edit was dropped, and --strict is given. {out} was not written.\n"
     assert "dropped w" in done.stdout
@@ -227,9 +223,7 @@ def test_options_reach_the_run(invoke: Invoke, model: Path, tmp_path: Path) -> N
     data, feeds = tmp_path / "r.json", tmp_path / "feeds.npz"
     np.savez(feeds, x=np.ones((3, 64), np.float32))
     arguments = ["--threads", 2, "--seed", 7, "--target", "cpu", "--opset", 18, "--fix-shape", "batch=1"]
-    done = invoke(
-        "optimize", model, FAST, "--report", data, "--data", feeds, *arguments, "-o", tmp_path / "o.onnx"
-    )
+    done = invoke("optimize", model, FAST, "--report", data, "--data", feeds, *arguments, "-o", tmp_path / "o.onnx")
     assert done.exit_code == 0, done.stderr
     content = json.loads(data.read_text())
     assert content["environment"]["threads"] == 2

@@ -186,9 +186,7 @@ def test_one_bias_per_row_is_none_per_column():
         ("Gemm", ["x", "w", "b"], ["c"], {}),
         ("BatchNormalization", ["c", "scale", "shift", "mean", "var"], ["y"], {}),
     ]
-    result = onnxopt.optimize(
-        make(nodes, {"x": (3, 4)}, ["y"], constants), passes=SPEC, verify=False, measure=False
-    )
+    result = onnxopt.optimize(make(nodes, {"x": (3, 4)}, ["y"], constants), passes=SPEC, verify=False, measure=False)
     assert result.report.passes[0].refusals == (("weight, bias and normalization do not fit together", 1),)
 
 

@@ -50,9 +50,7 @@ def test_equal_ones_are_stored_once(rewritten):
     ids=["sign of zero", "NaN payload", "shape"],
 )
 def test_equal_means_equal_to_the_bit(first, second):
-    proto = declare(
-        f"{HEAD} g (float[2] x) => (float[n,m] y) {{ p = Add(x, a) y = Add(p, b) }}", a=first, b=second
-    )
+    proto = declare(f"{HEAD} g (float[2] x) => (float[n,m] y) {{ p = Add(x, a) y = Add(p, b) }}", a=first, b=second)
     result = onnxopt.optimize(proto, passes=SPEC, verify=False, measure=False)
     assert names(result.model) == ["a", "b"]
 

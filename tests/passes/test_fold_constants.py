@@ -261,9 +261,7 @@ def test_results_that_would_bloat_the_model_are_not_stored(body):
 
 def test_int8_weights_are_not_expanded_to_float():
     w = np.arange(-128, 128, dtype=np.int8).reshape(16, 16).repeat(16, axis=0)
-    proto = declare(
-        f"{HEAD} g (float[n,256] x) => (float[n,16] y) {{ f = Cast <to = 1> (w)  y = MatMul(x, f) }}", w=w
-    )
+    proto = declare(f"{HEAD} g (float[n,256] x) => (float[n,16] y) {{ f = Cast <to = 1> (w)  y = MatMul(x, f) }}", w=w)
     assert refusals(proto)[1] == {BIGGER}
 
 

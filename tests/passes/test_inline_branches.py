@@ -41,9 +41,7 @@ def test_the_branch_that_is_taken_is_inlined(rewritten, condition, kept):
 
 def test_a_condition_given_by_the_caller_is_not_known(rewritten):
     assert rewritten(model("c = Identity(given)"), SPEC).ops["If"] == 1
-    overridable = onnx.parser.parse_model(
-        model("c = Identity(given)").replace("bool given)", "bool given = {1})", 1)
-    )
+    overridable = onnx.parser.parse_model(model("c = Identity(given)").replace("bool given)", "bool given = {1})", 1))
     assert [t.name for t in overridable.graph.initializer].count("given") == 1
     assert rewritten(overridable, SPEC).ops["If"] == 1
 

@@ -173,7 +173,5 @@ def test_another_operator_set_version_is_refused(rewritten):
 
 
 def test_models_without_functions_are_skipped(rewritten):
-    found = rewritten(
-        '<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Neg(x) }', SPEC
-    )
+    found = rewritten('<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) { y = Neg(x) }', SPEC)
     assert found.report.passes[0].reason == "the model has no functions"

@@ -155,9 +155,7 @@ def slices(*cuts, dims="n,m,k", opset=17):
 
 
 BIG = 2**63 - 1
-FEEDS = [
-    {"x": np.arange(n * m * 7, dtype=np.float32).reshape(n, m, 7)} for n, m in ((6, 5), (2, 9), (1, 1), (4, 3))
-]
+FEEDS = [{"x": np.arange(n * m * 7, dtype=np.float32).reshape(n, m, 7)} for n, m in ((6, 5), (2, 9), (1, 1), (4, 3))]
 
 
 @pytest.mark.parametrize("dims", ["n,m,k", "6,5,7"])
@@ -201,9 +199,7 @@ def test_slices_that_depend_on_the_size_stay(rewritten, cuts):
 
 
 def test_slices_before_opset_10(rewritten):
-    body = (
-        "a = Slice <starts = [1], ends = [3], axes = [0]> (x) y = Slice <starts = [1], ends = [2], axes = [0]> (a)"
-    )
+    body = "a = Slice <starts = [1], ends = [3], axes = [0]> (x) y = Slice <starts = [1], ends = [2], axes = [0]> (a)"
     node = only_node(rewritten(graph(body, opset=9), SPEC))
     assert {k: a.value for k, a in node.attributes.items()} == {"starts": (2,), "ends": (3,), "axes": (0,)}
 
@@ -213,9 +209,7 @@ def test_slices_before_opset_10(rewritten):
     [(0, 1, 0, 0, 0), (2, 3, 1, 1, 2), (-1, BIG, 2, -1, -1), (-2, -1, -1, 2, -2), (4, BIG, 2, 2, 4)],
 )
 def test_one_element_is_gathered(rewritten, start, end, axis, squeeze, index):
-    constants = (
-        f"int64[1] s = {{{start}}}, int64[1] e = {{{end}}}, int64[1] a = {{{axis}}}, int64[1] q = {{{squeeze}}}"
-    )
+    constants = f"int64[1] s = {{{start}}}, int64[1] e = {{{end}}}, int64[1] a = {{{axis}}}, int64[1] q = {{{squeeze}}}"
     dims = "3,4,5" if end == BIG and start > 0 else "n,m,k"
     text = graph(
         "v = Slice(x, s, e, a) y = Squeeze(v, q)",
@@ -276,9 +270,7 @@ def test_indices_from_the_end_need_opset_11(rewritten):
 def test_squeeze_of_what_was_reduced(rewritten, reduce, opset):
     kind = "int64" if "Arg" in reduce else "float"
     squeeze = "Squeeze(a, one)" if opset >= 13 else "Squeeze <axes = [1]> (a)"
-    text = graph(
-        f"a = {reduce} y = {squeeze}", outputs=f"{kind}[b,c] y", constants="int64[1] one = {1}", opset=opset
-    )
+    text = graph(f"a = {reduce} y = {squeeze}", outputs=f"{kind}[b,c] y", constants="int64[1] one = {1}", opset=opset)
     node = only_node(rewritten(text, SPEC))
     assert node.attributes["keepdims"].value == 0
 

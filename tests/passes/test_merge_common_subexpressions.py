@@ -12,9 +12,7 @@ def ends_in_sum(body, *values, head=HEAD, inputs="float[2] x"):
 
 
 def test_whole_chains_are_merged_in_one_sweep(rewritten):
-    found = rewritten(
-        ends_in_sum("a = Neg(x) b = Exp(a) c = Neg(x) d = Exp(c) e = Neg(b) f = Neg(d)", "e", "f"), SPEC
-    )
+    found = rewritten(ends_in_sum("a = Neg(x) b = Exp(a) c = Neg(x) d = Exp(c) e = Neg(b) f = Neg(d)", "e", "f"), SPEC)
     assert found.ops == {"Neg": 2, "Exp": 1, "Sum": 1}
     assert [(e.site.output, e.summary) for e in found.report.passes[0].applied] == [
         ("c", "merged Neg with a"),
@@ -81,9 +79,7 @@ def test_optional_outputs_must_be_there(rewritten):
 
 
 def test_graph_outputs_keep_their_names(rewritten):
-    found = rewritten(
-        f"{HEAD} g (float[2] x) => (float[2] y, float[2] z) {{ a = Neg(x) y = Neg(x) z = Abs(a) }}", SPEC
-    )
+    found = rewritten(f"{HEAD} g (float[2] x) => (float[2] y, float[2] z) {{ a = Neg(x) y = Neg(x) z = Abs(a) }}", SPEC)
     assert found.ops == {"Neg": 1, "Abs": 1}
     assert [v.name for v in found.model.graph.outputs] == ["y", "z"]
     both = rewritten(f"{HEAD} g (float[2] x) => (float[2] y, float[2] z) {{ y = Neg(x) z = Neg(x) }}", SPEC)

@@ -86,8 +86,7 @@ def test_splits_that_stay(rewritten, body):
 
 
 FEEDS = [
-    {"x": np.arange(n * 3, dtype=np.float32).reshape(n, 3), "z": np.ones((2, 3), np.float32)}
-    for n in (1, 2, 3, 5, 8)
+    {"x": np.arange(n * 3, dtype=np.float32).reshape(n, 3), "z": np.ones((2, 3), np.float32)} for n in (1, 2, 3, 5, 8)
 ]
 
 

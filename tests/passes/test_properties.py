@@ -78,9 +78,7 @@ def cases():
     yield "overridable", overridable()
     yield from ((path.stem, path) for path in sorted((ROOT / "models").glob("*.onnx")))
     found = sorted(
-        p
-        for kind in ("simple", "pytorch-operator", "pytorch-converted")
-        for p in BACKEND.glob(f"{kind}/*/model.onnx")
+        p for kind in ("simple", "pytorch-operator", "pytorch-converted") for p in BACKEND.glob(f"{kind}/*/model.onnx")
     )
     yield from ((p.parent.name, p) for p in random.Random(0).sample(found, SAMPLE))
 

@@ -68,9 +68,7 @@ def test_threshold():
     assert list(edits) == ["prune-weights at w"]
     np.testing.assert_array_equal(array_of(model, "w"), np.where(np.abs(w) < 0.7, 0, w))
     zeros = np.count_nonzero(np.abs(w) < 0.7)
-    assert (
-        edits["prune-weights at w"] == f"float32[64,48], 0 to {zeros:,} of 3,072 weights zero ({zeros / 3072:.1%})"
-    )
+    assert edits["prune-weights at w"] == f"float32[64,48], 0 to {zeros:,} of 3,072 weights zero ({zeros / 3072:.1%})"
 
 
 def test_the_threshold_itself_stays():

@@ -65,9 +65,7 @@ def session(model, *, optimized=True, path=None):
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if path is not None:
         options.optimized_model_filepath = str(path)
-    return ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(model, **kwargs):
@@ -144,9 +142,7 @@ def test_every_consumer(case, form, mode):
     edits, refusals = apply(model, form=form, mode=mode)
     assert len(edits) == len(original.graph.initializers)
     assert not refusals
-    assert not any(
-        t.const_value.dtype in (ir.DataType.FLOAT,) and t.const_value.size > 64 for t in initializers(model)
-    )
+    assert not any(t.const_value.dtype in (ir.DataType.FLOAT,) and t.const_value.size > 64 for t in initializers(model))
     scale = model.graph.initializers["w_scale"].const_value
     assert scale.size == original.graph.initializers["w"].const_value.shape[axis]
     got, expected = run(model, x=feed_for(case)), run(original, x=feed_for(case))
@@ -259,9 +255,7 @@ def test_the_summary_states_type_shape_bytes_and_error():
     edits, _ = apply(model, mode="symmetric")
     assert list(edits) == ["quantize-weights at w"]
     summary = edits["quantize-weights at w"]
-    assert summary.startswith(
-        "float32[64,32,3,3] to int8 per channel, 73,728 to 18,688 bytes, worst weight error 0."
-    )
+    assert summary.startswith("float32[64,32,3,3] to int8 per channel, 73,728 to 18,688 bytes, worst weight error 0.")
     assert summary.endswith("% of its channel's range")
     stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     assert stored == 18_688

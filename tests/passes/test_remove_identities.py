@@ -163,10 +163,7 @@ def test_integers_are_clipped_by_nothing(rewritten):
 def test_a_flatten_of_a_matrix(rewritten):
     assert rewritten(graph("v = Neg(x) w = Flatten(v) y = Abs(w)", inputs="float[n,m] x"), SPEC).edits == 1
     assert rewritten(graph("v = Neg(x) w = Flatten(v) y = Abs(w)"), SPEC).edits == 0
-    assert (
-        rewritten(graph("v = Neg(x) w = Flatten <axis = 0> (v) y = Abs(w)", inputs="float[n,m] x"), SPEC).edits
-        == 0
-    )
+    assert rewritten(graph("v = Neg(x) w = Flatten <axis = 0> (v) y = Abs(w)", inputs="float[n,m] x"), SPEC).edits == 0
 
 
 def test_a_used_mask_keeps_a_dropout(rewritten):

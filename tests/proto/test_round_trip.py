@@ -224,12 +224,8 @@ def test_every_element_type(tmp_path: Path, dtype: ir.DataType) -> None:
     """As raw data, in typed fields and in the file."""
     rng = np.random.default_rng(0)
     for shape in ((3,), (0, 2), (), (5, 4000)):
-        packed = rng.integers(
-            0, 2 if dtype == ir.DataType.BOOL else 256, -(-int(np.prod(shape)) * dtype.bitwidth // 8)
-        )
-        tensor = TensorProto(
-            name="new", dims=shape, data_type=dtype.value, raw_data=packed.astype(np.uint8).tobytes()
-        )
+        packed = rng.integers(0, 2 if dtype == ir.DataType.BOOL else 256, -(-int(np.prod(shape)) * dtype.bitwidth // 8))
+        tensor = TensorProto(name="new", dims=shape, data_type=dtype.value, raw_data=packed.astype(np.uint8).tobytes())
         if dtype.bitwidth < 8 and shape != (5, 4000):
             tensor.raw_data = bytes(len(tensor.raw_data))
         proto = base()

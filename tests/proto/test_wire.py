@@ -71,9 +71,7 @@ def all_tensors(proto: onnx.ModelProto) -> list[onnx.TensorProto]:
     return [*found, *body.initializer, *proto.graph.initializer]
 
 
-@pytest.mark.parametrize(
-    "raw", [b"\x07", b"\x80" * 11, b"\x3a\xff\xff\xff\xff\x0f", b"\x09\x01", b"\x0d\x01", b"\x3a"]
-)
+@pytest.mark.parametrize("raw", [b"\x07", b"\x80" * 11, b"\x3a\xff\xff\xff\xff\x0f", b"\x09\x01", b"\x0d\x01", b"\x3a"])
 def test_malformed(raw: bytes) -> None:
     with pytest.raises(WireError):
         strip(raw, Markers())

@@ -44,6 +44,4 @@ def test_nothing_heavy_is_imported() -> None:
         "import sys; from onnxopt.report.environment import environment; environment('cpu', 1);"
         "print([m for m in ('numpy', 'onnx', 'onnxruntime', 'rich') if m in sys.modules])"
     )
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
-    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

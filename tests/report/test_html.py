@@ -122,9 +122,7 @@ def test_what_is_said(report: Report, expected: str) -> None:
 
 
 def test_what_is_missing_is_said(make: Make) -> None:
-    text = Page(
-        to_html(make(verification=None, not_verified="no feeds", measurement=None, not_measured="off"))
-    ).text
+    text = Page(to_html(make(verification=None, not_verified="no feeds", measurement=None, not_measured="off"))).text
     assert "NOT VERIFIED: no feeds." in text
     assert "NOT MEASURED: off." in text
     assert "not verified" in text and "not measured" in text

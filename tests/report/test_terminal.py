@@ -116,8 +116,7 @@ def test_what_is_missing_is_said_loudly(make: Make) -> None:
         )
     )
     assert (
-        "NOT VERIFIED, NOT MEASURED NOT VERIFIED: input x needs data. NOT MEASURED: measuring was turned off."
-        in text
+        "NOT VERIFIED, NOT MEASURED NOT VERIFIED: input x needs data. NOT MEASURED: measuring was turned off." in text
     )
 
 
@@ -152,8 +151,7 @@ def test_nodes_on_another_provider_are_named(make: Make) -> None:
     names = tuple(f"Add add_{i}" for i in range(7))
     text = flat(to_text(make(measurement={"elsewhere": names, "provider": "cuda"})))
     assert (
-        "7 nodes run elsewhere than on cuda: Add add_0, Add add_1, Add add_2, Add add_3, Add add_4 and 2 more."
-        in text
+        "7 nodes run elsewhere than on cuda: Add add_0, Add add_1, Add add_2, Add add_3, Add add_4 and 2 more." in text
     )
 
 
