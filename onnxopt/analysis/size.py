@@ -122,7 +122,7 @@ class _Counter:
                 return total + _field(self.graph(value))
             case kinds.GRAPHS:
                 return total + sum(_field(self.graph(graph)) for graph in value)
-        return encode_attribute(attribute).ByteSize()
+        return int(encode_attribute(attribute).ByteSize())
 
 
 def _varint(number: int) -> int:

@@ -24,7 +24,7 @@ def tensor(compute: Callable[[], Array], dtype: ir.DataType, shape: Sequence[int
         name: The tensor's name.
     """
 
-    def made() -> ir.Tensor:
+    def made() -> ir.TensorProtocol:
         return ir.Tensor(np.ascontiguousarray(compute()), dtype=dtype, shape=ir.Shape(shape), name=name)
 
     lazy = ir.LazyTensor(made, dtype, ir.Shape(shape), name=name)

@@ -647,9 +647,9 @@ def _contrib_mask(site: _Site, *, padding: bool = True) -> _ContribMask | str:
         zeroed = t
         terms = (dataclasses.replace(t, fill=LOWEST, value=None, low=LOWEST),)
         site = dataclasses.replace(site, terms=terms)
-    if padding and len(terms) == 1 and math.isfinite(terms[0].fill) and terms[0].fill <= CERTAIN:
-        if is_key_padding(terms[0], site.found.batch, site.found.keys):
-            return _ContribMask(site, {"mask_filter_value": terms[0].fill}, keys=terms[0], zeroed=zeroed)
+    certain = len(terms) == 1 and math.isfinite(terms[0].fill) and terms[0].fill <= CERTAIN
+    if padding and certain and is_key_padding(terms[0], site.found.batch, site.found.keys):
+        return _ContribMask(site, {"mask_filter_value": terms[0].fill}, keys=terms[0], zeroed=zeroed)
     if zeroed is not None:
         fits = _stretch(site)
         whole = fits if isinstance(fits, str) else _Bias(site, terms, (None,), None, fits)
