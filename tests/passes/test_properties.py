@@ -58,6 +58,10 @@ TEXTS = {
     <float[2,1,1,1] w = {{1, 2}}, float[2] s = {{1, 2}}, float[2] m = {{3, 4}}> {{
         c = Conv(x, w)  b = BatchNormalization(c, s, m, m, s)  y = Relu(b)
     }}""",
+    "transposed convolution": f"""{HEAD} g (float[n,1,4,4] x) => (float[n,2,4,4] y)
+    <float[1,2,1,1] w = {{1, 2}}, float[2] s = {{1, 2}}, float[2] m = {{3, 4}}> {{
+        c = ConvTranspose(x, w)  b = BatchNormalization(c, s, m, m, s)  y = Relu(b)
+    }}""",
     "nothing to do": f"{HEAD} g (float[n] x) => (float[n] y) {{ y = Neg(x) }}",
 }
 
