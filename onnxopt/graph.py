@@ -25,14 +25,14 @@ class Scope:
         graph: The graph itself.
         path: "" for the main graph, "node.attribute" chains for nested graphs, "function domain::name" first for
             functions. Stable across clones.
-        opsets: Domain -> version that the nodes of this graph are written in.
+        opsets: Domain -> version that the nodes of this graph are written in: the model's or the function's own.
         function: The function the graph belongs to, if any.
         nested: True when the graph is an attribute of a node, so that its nodes may use values of outer graphs.
     """
 
     graph: ir.Graph
     path: str
-    opsets: Mapping[str, int]
+    opsets: dict[str, int]
     function: ir.Function | None
     nested: bool
 
@@ -260,8 +260,7 @@ def replace_value(old: ir.Value, new: ir.Value) -> None:
         new.name = name
         if old.type is not None:
             new.type = old.type
-        if old.shape is not None:
-            new.shape = old.shape.copy()
+        new.shape = old.shape.copy() if old.shape is not None else None
         new.doc_string = old.doc_string
         new.metadata_props.update(old.metadata_props)
     elif new.shape is None and old.shape is not None and new.producer() is not None:

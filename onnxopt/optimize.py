@@ -70,6 +70,7 @@ def optimize(
     provider: str | None = None,
     threads: int = 1,
     custom_ops: Sequence[str] = (),
+    allow_fallback: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Optimize a model, verify it against the original, measure both, and report.
@@ -95,6 +96,7 @@ def optimize(
         provider: Execution provider to verify and measure on; by default the target's own where it is available.
         threads: Intra-op threads per session.
         custom_ops: Libraries with custom operators to register with ONNX Runtime.
+        allow_fallback: Accept that the runtime runs the model, or some of its nodes, on another provider.
         progress: Told what is being done.
 
     Returns:
@@ -107,7 +109,7 @@ def optimize(
     progress = progress or Silent()
     clock = _Clock()
     pipeline = _pipeline(recipe, passes, max_error, max_drop)
-    options = _run_options(target, provider, threads, custom_ops)
+    options = _run_options(target, provider, threads, custom_ops, allow_fallback=allow_fallback)
     with clock("load"):
         progress.stage("loading")
         source = models.load(model)
@@ -116,7 +118,7 @@ def optimize(
         budget = _budget(max_error, max_drop, metric, labels, samples)
         start = reference if opset is None else models.convert_opset(reference, opset)
     bench = _Bench(reference, options, samples, shape, seed, verify=verify, measure=measure)
-    with clock("reference"):
+    with clock("original"):
         progress.stage("running the original")
         bench.prepare()
     if start is not reference:
@@ -195,7 +197,9 @@ def _pipeline(
     return Pipeline.recipe(recipe or (BUDGET_RECIPE if budgeted else "lossless"))
 
 
-def _run_options(target: Target, provider: str | None, threads: int, custom_ops: Sequence[str]) -> RunOptions:
+def _run_options(
+    target: Target, provider: str | None, threads: int, custom_ops: Sequence[str], *, allow_fallback: bool
+) -> RunOptions:
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.')
     if threads < 1:
@@ -203,7 +207,7 @@ def _run_options(target: Target, provider: str | None, threads: int, custom_ops:
     if provider is None:
         wanted = "cuda" if target == "cuda" else "cpu"
         provider = wanted if wanted == "cpu" or _has_cuda() else "cpu"
-    return RunOptions(provider=provider, threads=threads, custom_ops=tuple(custom_ops))
+    return RunOptions(provider, threads, tuple(custom_ops), allow_fallback)
 
 
 def _has_cuda() -> bool:
@@ -249,6 +253,7 @@ class _Bench:
         not_verified: Why there is no verification; empty when there is one.
         not_measured: Why there is no measurement; empty when there is one.
         described: Where the feeds came from, in words.
+        data_notes: What was done to the user's data, in sentences.
     """
 
     def __init__(
@@ -267,6 +272,7 @@ class _Bench:
         self.not_verified = "" if verify else "verification was turned off"
         self.not_measured = "" if measure else "measuring was turned off"
         self.described = "no inputs were needed"
+        self.data_notes: tuple[str, ...] = ()
         self._samples = samples
         self._shape = shape
         self._seed = seed
@@ -291,6 +297,7 @@ class _Bench:
     def _find_feeds(self) -> list[Feed]:
         if self._samples is not None:
             feeds = list(self._samples.take(FEEDS_TO_VERIFY))
+            self.data_notes = tuple(self._samples.notes)
             self.described = f"{len(feeds)} of {len(self._samples)} samples of {self._samples.name}"
             return feeds
         with runtime.open_session(self.reference, self.options, optimized=True) as session:
@@ -373,8 +380,7 @@ def _metric(
 def _notes(outcome: manager.Outcome, passes: Sequence[GraphPass], bench: _Bench) -> tuple[str, ...]:
     """Return the caveats of the passes that left an edit, each once."""
     caveats = [p.caveat() for p, r in zip(passes, outcome.passes, strict=True) if r.applied]
-    notes = list(dict.fromkeys(c for c in caveats if c))
-    return tuple(notes)
+    return (*dict.fromkeys(c for c in caveats if c), *bench.data_notes)
 
 
 def _opset(model: ir.Model) -> int:

@@ -68,6 +68,8 @@ class Builder:
         for output in node.outputs:
             output.name = self._names.fresh(f"{self._base}/{op_type}_output")
         insert_before(self._before, node)
+        if domain:
+            self.scope.opsets.setdefault(domain, 1)
         return node.outputs[0]
 
     def constant(self, name: str, array: ArrayLike, dtype: ir.DataType | None = None) -> ir.Value:

@@ -215,6 +215,11 @@ def running_options(function: F) -> F:
             type=Choice("NAME", _names(*PROVIDERS)),
             help="Execution provider to run on: cpu, cuda, ... By default the target's own.",
         ),
+        click.option(
+            "--allow-fallback",
+            is_flag=True,
+            help="Accept that the runtime runs the model, or some nodes, on another provider; the report says which.",
+        ),
         threads_option(),
         click.option(
             "--custom-ops",

@@ -15,7 +15,10 @@ def options_of(running: Mapping[str, Any]) -> RunOptions:
     from onnxopt.runtime import RunOptions
 
     return RunOptions(
-        provider=running["provider"] or "cpu", threads=running["threads"], custom_ops=tuple(running["custom_ops"])
+        provider=running["provider"] or "cpu",
+        threads=running["threads"],
+        custom_ops=tuple(running["custom_ops"]),
+        allow_fallback=running["allow_fallback"],
     )
 
 

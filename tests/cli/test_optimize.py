@@ -76,7 +76,7 @@ def test_the_main_job(invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: 
     assert "Latency" in done.stdout and "NOT " not in done.stdout
     assert f"Written to {out}." in done.stdout.replace("\n", "")
     assert nodes(out) == ["MatMul"]
-    assert done.stderr == ""
+    assert all(line.startswith("[") for line in done.stderr.splitlines()), "only progress, and only on a slow machine"
 
 
 def test_without_an_output_nothing_is_written(invoke: Invoke, model: Path) -> None:
