@@ -234,7 +234,15 @@ def _is_recognized(node: ir.Node, norm: _Norm, scale: ir.Value | None) -> bool:
     if divide.inputs[0] is not norm.x or divide.inputs[1] is None:
         return False
     root = divide.inputs[1].producer()
-    return is_op(root, "Sqrt") and root is not None and root.inputs[0] is norm.inverse
+    return root is not None and is_op(root, "Sqrt") and root.inputs[0] is norm.inverse and _is_squared_by_pow(norm)
+
+
+def _is_squared_by_pow(norm: _Norm) -> bool:
+    """Whether the mean is over Pow(x, 2); the runtime does not look for Mul(x, x)."""
+    total = norm.inverse.producer()
+    means = [v.producer() for v in total.inputs if v is not None] if total is not None else []
+    squares = [m.inputs[0] for m in means if m is not None and is_op(m, "ReduceMean")]
+    return any(s is not None and is_op(s.producer(), "Pow") for s in squares)
 
 
 def _times(
