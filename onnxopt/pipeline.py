@@ -52,6 +52,7 @@ _LOSSLESS = ",".join(
         "drop-unused-outputs",
         "fuse-gelu",
         "fuse-normalization",
+        "simplify-masks",
         "remove-dead-code",
         "deduplicate-initializers",
         "merge-common-subexpressions",
