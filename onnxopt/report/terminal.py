@@ -29,6 +29,9 @@ OUTPUTS = 8
 PLAIN_WIDTH = 100
 """Columns of the report as a string."""
 
+IDLE = 3
+"""From so many on, passes that found nothing are named together."""
+
 _STATUS_STYLE = {"kept": "green", "dropped": "bold red", "skipped": "yellow", "unchanged": "dim"}
 _INDENT = 4
 _STATUS = 11
@@ -81,17 +84,32 @@ def _heading(text: str, console: Console, aside: str = "") -> None:
 def _passes(report: Report, console: Console, *, verbose: bool) -> None:
     recipe = "pipeline" if report.recipe == "custom" else f"recipe {words.printable(report.recipe)}"
     _heading("Passes", console, f"{recipe}, target {report.target}")
-    names = min(max((len(p.name) for p in report.passes), default=0), 34)
-    for done in report.passes:
+    idle = [] if verbose else [p for p in report.passes if p.status == "unchanged" and not p.refusals]
+    if len(idle) < IDLE:
+        idle = []
+    active = [p for p in report.passes if p not in idle]
+    names = min(max((len(p.name) for p in active), default=0), 34)
+    for done in active:
         _pass_line(done, summary.outcome(done, report.slow_passes), names, console)
         _edits(done, console, verbose=verbose)
         _dropped(done, console, verbose=verbose)
         if verbose:
             _near_misses(done, console)
+    if idle:
+        _idle_line(idle, console)
     if any(p.refusals for p in report.passes):
         model = shlex.quote(words.printable(report.model)) if report.model else "MODEL"
         hint = f"Why near misses were left alone: onnxopt explain {model} -p PASS"
         console.print(Padding(Text(hint, style="dim"), (0, 0, 0, 2)))
+
+
+def _idle_line(idle: list[PassReport], console: Console) -> None:
+    """Name the passes that found nothing in one paragraph instead of a line each."""
+    listed = ", ".join(dict.fromkeys(words.printable(p.name) for p in idle))
+    seconds = words.duration(sum(p.seconds for p in idle))
+    console.print(Text("  unchanged", style=_STATUS_STYLE["unchanged"]))
+    text = Text(f"nothing to do in {seconds}: {listed}", style="dim")
+    console.print(Padding(text, (0, 0, 0, 4)))
 
 
 def _pass_line(done: PassReport, outcome: str, names: int, console: Console) -> None:

@@ -225,3 +225,12 @@ def test_hostile_names_are_harmless(make: Make, report: Report, logits: Any) -> 
     assert "[bold red]x[/]" in text
     assert "\x1b" not in text and "\u202e" not in text
     assert r"\x1b[2J\u202e" in text
+
+
+def test_passes_that_found_nothing_are_named_together_unless_all_is_asked_for(report: Report) -> None:
+    idle = (dataclasses.replace(report.passes[0], name=f"idle-{i}", status="unchanged", applied=()) for i in range(4))
+    longer = dataclasses.replace(report, passes=(*report.passes, *idle))
+    assert "idle-0, idle-1, idle-2, idle-3" in flat(to_text(longer))
+    verbose = flat(to_text(longer, verbose=True))
+    assert "idle-0, idle-1" not in verbose
+    assert all(f"unchanged idle-{i}" in verbose for i in range(4))
