@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-BENCHMARKS = ("backend.py", "scaling.py", "aa.py")
+BENCHMARKS = ("lossless.py", "backend.py", "scaling.py", "aa.py")
 
 
 def main() -> None:
