@@ -14,6 +14,21 @@ import numpy as np
 import onnx_ir as ir
 
 STANDARD_DOMAINS = ("", "ai.onnx")
+RANDOM_OPS = frozenset(
+    [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+        "Dropout",
+        "BiasDropout",
+        "BitmaskDropout",
+        "BitmaskBiasDropout",
+    ]
+)
+"""Operators that may return something else for the same inputs."""
 _MANY_OUTPUTS = 64
 
 

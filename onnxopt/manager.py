@@ -31,6 +31,7 @@ from onnxopt.contract import (
 )
 from onnxopt.errors import VerificationError
 from onnxopt.pipeline import spec
+from onnxopt.proto.collector import garbage_collection_paused
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -181,7 +182,7 @@ def _settle(
     """Repeat trials, denying one culprit after the other, until one stands."""
     guarantee = segment[0][1].guarantee
     while True:
-        progress.stage(", ".join(p.name for _, p in segment))
+        progress.stage(segment[0][1].name if len(segment) == 1 else f"running {len(segment)} exact passes")
         trial = _trial(checkpoint, segment, ctx, denials)
         if trial.crash is not None:
             _deny_crash(trial.crash, denials)
@@ -324,7 +325,8 @@ def _run_pass(
 
 def clone(model: ir.Model) -> ir.Model:
     """Copy a model's graphs; tensors are shared."""
-    copy = model.clone()
+    with garbage_collection_paused():
+        copy = model.clone()
     copy.meta.update(model.meta)
     return copy
 

@@ -56,6 +56,7 @@ _LOSSLESS = ",".join(
         "remove-dead-code",
         "deduplicate-initializers",
         "merge-common-subexpressions",
+        "fuse-batch-norm",
         "fuse-conv-bn",
         "remove-dead-code",
     )

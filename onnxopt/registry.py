@@ -75,7 +75,7 @@ BUILTIN: dict[str, Entry] = dict(
         _entry(
             "inline-branches",
             "simplify.inline_branches:InlineBranches",
-            "Replace an If whose condition is known by the branch it takes.",
+            "Replace an If whose condition is known, or makes no difference, by a branch.",
         ),
         _entry(
             "unroll-loops",
@@ -118,9 +118,44 @@ BUILTIN: dict[str, Entry] = dict(
             "Store equal initializers once.",
         ),
         _entry(
+            "fuse-batch-norm",
+            "fuse.batch_norm:FuseBatchNorm",
+            "Fuse scales and shifts per channel into the BatchNormalization before them.",
+        ),
+        _entry(
             "fuse-conv-bn",
             "fuse.conv_bn:FuseConvBatchNorm",
             "Fold BatchNormalization into the convolution before it.",
+        ),
+        _entry(
+            "fuse-pad",
+            "fuse.pad:FusePad",
+            "Fold zeros around an image into the Conv or AveragePool behind them.",
+        ),
+        _entry(
+            "fuse-linear",
+            "fuse.linear:FuseLinear",
+            "Fold what multiplies or adds per channel into Conv, ConvTranspose, Gemm and MatMul.",
+        ),
+        _entry(
+            "fuse-activations",
+            "fuse.activations:FuseActivations",
+            "Fuse Clip, HardSigmoid, HardSwish, Sigmoid, SiLU and Softmax that are spelled out.",
+        ),
+        _entry(
+            "fuse-conv-add",
+            "fuse.conv_add:FuseConvAdd",
+            "Add a residual, and activate, within the convolution before it.",
+        ),
+        _entry(
+            "share-layout",
+            "simplify.share_layout:ShareLayout",
+            "Rearrange a tensor once instead of each of the parts it is split into.",
+        ),
+        _entry(
+            "merge-parallel-linear",
+            "fuse.merge_parallel:MergeParallelLinear",
+            "Merge linear operators on the same input into one, for example query, key and value.",
         ),
         _entry(
             "fuse-gelu",
@@ -136,6 +171,21 @@ BUILTIN: dict[str, Entry] = dict(
             "simplify-masks",
             "simplify.simplify_masks:SimplifyMasks",
             "Simplify the arithmetic of attention masks, and drop NaN guards that never apply.",
+        ),
+        _entry(
+            "fuse-attention",
+            "fuse.attention:FuseAttention",
+            "Fuse scaled dot-product attention in all exporters' forms.",
+        ),
+        _entry(
+            "fuse-rotary",
+            "fuse.rotary:FuseRotaryEmbedding",
+            "Fuse rotary position embeddings in all exporters' forms.",
+        ),
+        _entry(
+            "sum-residuals",
+            "fuse.residuals:SumResiduals",
+            "Add up residuals so that the runtime keeps its faster normalization.",
         ),
         _entry(
             "quantize-weights",

@@ -34,7 +34,13 @@ if TYPE_CHECKING:
     from onnxopt.analysis.layout import Step
 
 AXES_AS_INPUT = 13
-"""From this opset on, Squeeze and Unsqueeze take their axes as an input."""
+"""From this opset on, Squeeze and Unsqueeze take their axes, and Split its sizes, as an input."""
+SPLIT_COUNTS = 18
+"""From this opset on, a Split into equal parts says how many."""
+
+
+SHAPE_RANGE = 15
+"""From this opset on, Shape can give a part of the shape."""
 
 
 class Builder:
@@ -88,6 +94,26 @@ class Builder:
     def tensor(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Add a constant that is a tensor already, without reading it."""
         return add_constant(self.scope, self._names, f"{self._base}/{name}", tensor, self._before)
+
+    def split(self, source: ir.Value, axis: int, sizes: Sequence[int] | None, parts: int) -> tuple[ir.Value, ...]:
+        """Add a Split and return its outputs; without sizes the parts are equal."""
+        inputs: list[ir.Value | None] = [source]
+        attributes: dict[str, Any] = {"axis": axis}
+        if sizes is not None and self.scope.opset >= AXES_AS_INPUT:
+            inputs.append(self.ints("sizes", sizes))
+        elif sizes is not None:
+            attributes["split"] = list(sizes)
+        elif self.scope.opset >= SPLIT_COUNTS:
+            attributes["num_outputs"] = parts
+        node = self.op("Split", inputs, attributes, outputs=parts).producer()
+        assert node is not None
+        return tuple(node.outputs)
+
+    def size(self, value: ir.Value, axis: int) -> ir.Value:
+        """Add what reads the size of an axis, as a list of one."""
+        if self.scope.opset >= SHAPE_RANGE:
+            return self.op("Shape", [value], {"start": axis, "end": axis + 1})
+        return self.op("Gather", [self.op("Shape", [value]), self.ints("axis", [axis])], {"axis": 0})
 
     def layout(self, source: ir.Value, steps: Sequence[Step]) -> ir.Value:
         """Add the nodes of a layout plan (`analysis/layout.py`); without any, return the source."""

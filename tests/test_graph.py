@@ -114,6 +114,16 @@ def test_an_output_keeps_name_type_and_shape_when_it_is_replaced() -> None:
     assert [(o.name, o.type.tensor_type.shape.dim[0].dim_param) for o in proto.graph.output] == [("y", "N")]
 
 
+def test_an_output_without_a_shape_does_not_get_one() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float y) { a = Relu(x) y = Identity(a) }'
+    )
+    relu, identity = model.graph
+    identity.outputs[0].shape, relu.outputs[0].shape = None, ir.Shape([2])
+    graph.replace_value(identity.outputs[0], relu.outputs[0])
+    assert model.graph.outputs[0].shape is None
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [

@@ -11,7 +11,7 @@ https://arxiv.org/abs/1706.03762; K and V may have fewer heads, Ainslie et al. 2
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import onnx_ir as ir
 
@@ -372,16 +372,24 @@ def split_off(leaves: list[Leaf], batch: Dim) -> tuple[Axis, Axis] | None:
     return tuple(taken), tuple(leaves)
 
 
-def dead_without(node: ir.Node, others: Iterable[ir.Node] = ()) -> set[ir.Node]:
-    """Return the nodes that nothing needs any more once the outputs of these nodes are not needed."""
-    dead = {node, *others}
-    pending = list(dead)
+def dead_without(node: ir.Node, kept: Collection[ir.Value] = ()) -> set[ir.Node]:
+    """Return the nodes that nothing needs any more once the outputs of a node are not needed.
+
+    Args:
+        node: The node.
+        kept: Values that are needed all the same.
+    """
+    dead = {node}
+    pending = [node]
     while pending and len(dead) < _MAX_DEAD:
         for value in pending.pop().inputs:
             producer = value.producer() if value is not None else None
-            if producer is None or producer in dead or any(o.is_graph_output() for o in producer.outputs):
+            if producer is None or producer in dead:
                 continue
-            if all(use.node in dead for output in producer.outputs for use in output.uses()):
+            outputs = producer.outputs
+            if any(o.is_graph_output() or any(o is k for k in kept) for o in outputs):
+                continue
+            if all(use.node in dead for output in outputs for use in output.uses()):
                 dead.add(producer)
                 pending.append(producer)
     return dead

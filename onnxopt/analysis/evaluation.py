@@ -14,6 +14,7 @@ from onnx.shape_inference import InferenceError, infer_node_outputs
 from onnxopt.contract import Evaluate
 from onnxopt.graph import constant_tensor
 from onnxopt.numeric import kernels
+from onnxopt.proto.encode import encode_node
 
 _SMALL_TENSOR = 1024
 """Inputs of up to this many bytes are shown to the shape inference, which needs axes, pads, scales and so on."""
@@ -112,7 +113,7 @@ def _expected(node: ir.Node, opset: int) -> list[tuple[ir.DataType, int]]:
     try:
         schema = onnx.defs.get_schema(node.op_type, opset, "")
         imports = [onnx.helper.make_opsetid("", opset)]
-        inferred = infer_node_outputs(schema, ir.serde.serialize_node(node), types, data, opset_imports=imports)
+        inferred = infer_node_outputs(schema, encode_node(node), types, data, opset_imports=imports)
     except (onnx.defs.SchemaError, InferenceError, RuntimeError):
         raise NotComputableError("the size of its result is not known before it is computed") from None
     return [_size_of(inferred.get(o.name or ""), node, total) for o in node.outputs]

@@ -148,23 +148,20 @@ class Packed:
 
     def weight_tensor(self) -> ir.LazyTensor:
         """Return the columns of all parts side by side, put together when they are needed."""
-        rows = self.parts[0].weight
-        tensor = constant_tensor(rows)
-        assert tensor is not None
-        features = tensor.shape.numpy()[1 if self.parts[0].transposed else 0]
+        tensors = [constant_tensor(p.weight) for p in self.parts]
+        known = [t for t in tensors if t is not None]
+        features = known[0].shape.numpy()[1 if self.parts[0].transposed else 0]
         shape = ir.Shape([features, sum(len(p.columns) for p in self.parts)])
-        return ir.LazyTensor(functools.partial(_weights, self.parts), tensor.dtype, shape)
+        return ir.LazyTensor(functools.partial(_weights, self.parts, known), known[0].dtype, shape)
 
     def bias_array(self) -> np.ndarray:
         """Return the biases one after the other, zeros for a part that has none."""
         return np.concatenate([_bias(p) for p in self.parts])
 
 
-def _weights(parts: Sequence[Projection]) -> ir.Tensor[np.ndarray]:
+def _weights(parts: Sequence[Projection], tensors: Sequence[ir.TensorProtocol]) -> ir.Tensor[np.ndarray]:
     found = []
-    for part in parts:
-        tensor = constant_tensor(part.weight)
-        assert tensor is not None
+    for part, tensor in zip(parts, tensors, strict=True):
         array = tensor.numpy()
         found.append((array.T if part.transposed else array)[:, part.columns])
     return ir.Tensor(np.ascontiguousarray(np.concatenate(found, axis=1)))

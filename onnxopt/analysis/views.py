@@ -243,17 +243,17 @@ class _State:
         self.axes = grouped
         return not stream
 
-    def _select(self, axis: int, start: int, size: int) -> bool:
+    def _select(self, axis: int, start: int, size: int, step: int = 1) -> bool:
         """Keep `size` elements from `start` on; they must be whole elements of the outermost leaf."""
         leaves = self.axes[axis]
-        if not leaves or leaves[0].axis is None:
+        if not leaves or leaves[0].axis is None or (step != 1 and len(leaves) > 1):
             return False
         inner = size_of(leaves[1:])
         if not isinstance(inner, int) or start % inner or size % inner or not isinstance(leaves[0].stride, int):
             return False
         self.starts[leaves[0].axis] += start // inner * leaves[0].stride
         kept = size // inner
-        first = () if kept == 1 else (Leaf(leaves[0].axis, leaves[0].stride, kept),)
+        first = () if kept == 1 else (Leaf(leaves[0].axis, leaves[0].stride * step, kept),)
         self.axes[axis] = (*first, *leaves[1:])
         return True
 
@@ -275,17 +275,18 @@ class _State:
         starts, ends, axes, steps = given
         if len(node.inputs) < 3 or starts is None or ends is None:
             return False
-        if (len(node.inputs) > 3 and axes is None) or (len(node.inputs) > 4 and (steps is None or set(steps) != {1})):
+        if (len(node.inputs) > 3 and axes is None) or (len(node.inputs) > 4 and steps is None):
             return False
-        for axis, start in zip(axes or range(len(starts)), starts, strict=True):
+        steps = steps or (1,) * len(starts)
+        for axis, start, step in zip(axes or range(len(starts)), starts, steps, strict=True):
             place = axis % len(self.axes)
             before, size = size_of(self.axes[place]), target[place]
-            if before == size:
+            if step == 1 and before == size:
                 continue
-            if not isinstance(before, int) or not isinstance(size, int):
+            if not isinstance(before, int) or not isinstance(size, int) or step < 1:
                 return False
             begin = max(start + before, 0) if start < 0 else start
-            if not self._select(place, begin, size):
+            if not self._select(place, begin, size, step):
                 return False
         return True
 
@@ -312,3 +313,27 @@ class _State:
             axes[position] = (Leaf(None, 0, size),)
         self.axes = axes
         return True
+
+
+def measured(size: Dim, near: Sequence[ir.Value], graph: ir.Graph, shapes: Shapes) -> tuple[ir.Value, int] | None:
+    """Return a value of a graph and its axis of this size: an input, or else what these values come from.
+
+    Reading a size off a value keeps what computes it, so the farthest one that has it is taken.
+    """
+    for value in graph.inputs:
+        shape = shapes.of(value)
+        if shape is not None and size in shape:
+            return value, shape.index(size)
+    for value in near:
+        found: tuple[ir.Value, int] | None = None
+        current: ir.Value | None = value
+        for _ in range(_MAX_CHAIN):
+            shape = shapes.of(current) if current is not None else None
+            if current is None or shape is None or size not in shape or current.graph is not graph:
+                break
+            found = current, shape.index(size)
+            node = current.producer()
+            current = next((v for v in node.inputs if v is not None), None) if node is not None else None
+        if found is not None:
+            return found
+    return None

@@ -18,7 +18,7 @@ from onnxopt.analysis.layout import Rearrangement, Step, is_layout, plan
 from onnxopt.analysis.masks import CERTAIN, Term, is_causal, is_key_padding, term
 from onnxopt.analysis.projections import Packed, packed
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.analysis.views import Axis, Leaf, View, view, whole_factors
+from onnxopt.analysis.views import Axis, Leaf, View, measured, view, whole_factors
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
 from onnxopt.graph import Scope, attribute, constant_ints, is_op, only_use
 from onnxopt.rewrite import Answer, Builder, Found, Refused, rewrite
@@ -38,11 +38,11 @@ CPU = "CPUExecutionProvider"
 class FuseAttention(GraphPass):
     """Fuse softmax(scale * Q K^T + masks) V (`analysis/attention.py`), however it is spelled.
 
-    The result is the standard Attention operator where the opset has it. For the target "cpu" it may be one of ONNX
-    Runtime's own: Attention with the projections of Q, K and V inside, GroupQueryAttention or MultiHeadAttention,
-    where `analysis/kernels.py` says that it is not slower there. Elsewhere the attention is written with the
-    fewest plain operators: one scale, no repeated keys and values, no layout twice. Rows that are masked in full give
-    what they gave before.
+    The result is the standard Attention operator where the opset has it. For the target "cpu" it may be one of
+    ONNX Runtime's own: Attention with the projections of Q, K and V inside, GroupQueryAttention or
+    MultiHeadAttention, where `analysis/kernels.py` says that it is not slower there. Elsewhere the attention is
+    written with the fewest plain operators: one scale, no repeated keys and values, no layout twice. Rows that are
+    masked in full give what they gave before.
     """
 
     name = "fuse-attention"
@@ -184,18 +184,20 @@ class _Site:
             value = self.shared[key] = make(builder.at(self.found.softmax))
         return value
 
-    def dead(self, result: ir.Value) -> set[ir.Node]:
-        """Return the nodes that go when a value is replaced."""
+    def dead(self, result: ir.Value, *, keep_operands: bool = False) -> set[ir.Node]:
+        """Return the nodes that go when a value is replaced, those that Q, K and V come from as well or not."""
         node = result.producer()
         assert node is not None
-        return dead_without(node)
+        kept = [o.near.view.source for o in (self.found.query, self.found.key, self.found.value)]
+        kept += [v for t in self.terms for v in (t.value, t.condition) if v is not None]
+        return dead_without(node, kept if keep_operands else ())
 
 
 def _tails(result: ir.Value) -> list[ir.Value]:
     found = [result]
     while True:
         user = only_use(found[0])
-        if user is None or not is_layout(user) or user.graph is not found[0].graph or user.inputs[0] is not found[0]:
+        if user is None or not is_layout(user) or user.graph is not result.graph or user.inputs[0] is not found[0]:
             return found
         found.insert(0, user.outputs[0])
 
@@ -226,13 +228,13 @@ class _Tail:
     steps: tuple[Step, ...]
 
 
-def _tail(site: _Site, groups: Callable[[_Result], tuple[Axis, ...]]) -> _Tail | None:
+def _tail(site: _Site, groups: Callable[[_Result], tuple[Axis, ...] | None]) -> _Tail | None:
     """Return the farthest tail that constants can express, from a result with these axes."""
     for value in site.tails:
         result = _Result.of(value, site)
-        if result is None:
+        before = None if result is None else groups(result)
+        if result is None or before is None:
             continue
-        before = groups(result)
         order = [leaf for axis in before for leaf in axis]
         number = {leaf: i for i, leaf in enumerate(order)}
         wanted = Rearrangement(
@@ -265,7 +267,9 @@ class _Result:
             return None
         axes = read.axes
         if len(read.shape) == 3:
-            axes = tuple(_told_apart(axis, found.batch, found.heads) for axis in axes)
+            axes = _told_apart(axes, 0, found.batch, found.heads)
+        elif len(read.shape) == 4:
+            axes = _told_apart(axes, 1, found.key.heads, found.groups)
         factors = whole_factors(read.shape, [leaf for axis in axes for leaf in axis])
         if factors is None:
             return None
@@ -283,13 +287,13 @@ class _Result:
         return (self.batch, self.heads, self.length, self.size)
 
 
-def _told_apart(axis: Axis, batch: Dim, heads: Dim) -> Axis:
-    """Split the leaf that counts batch and heads together into one each."""
-    if batch == 1 or heads == 1:
-        return axis
-    joint = Leaf(0, 1, batch * heads)
-    parts = (Leaf(0, heads, batch), Leaf(0, 1, heads))
-    return tuple(part for leaf in axis for part in (parts if leaf == joint else (leaf,)))
+def _told_apart(axes: tuple[Axis, ...], axis: int, outer: Dim, inner: Dim) -> tuple[Axis, ...]:
+    """Split the leaf that counts a whole axis of the result into an outer and an inner one."""
+    if outer == 1 or inner == 1:
+        return axes
+    joint = Leaf(axis, 1, outer * inner)
+    parts = (Leaf(axis, inner, outer), Leaf(axis, 1, inner))
+    return tuple(tuple(part for leaf in a for part in (parts if leaf == joint else (leaf,))) for a in axes)
 
 
 # Masks -------------------------------------------------------------------------------------------------
@@ -314,7 +318,10 @@ class _Bias:
 
     def build(self, builder: Builder) -> ir.Value:
         """Return the tensor, shared with other attentions."""
-        parts = tuple((id(t.value), id(t.condition), f) for t, f in zip(self.terms, self.fills, strict=True))
+        parts = tuple(
+            (t.value if t.condition is None else t.condition, t.inverted, t.fill if f is None else f)
+            for t, f in zip(self.terms, self.fills, strict=True)
+        )
         return self.site.keep(("bias", parts, self.clamp, self.expand), self._make, builder)
 
     def _make(self, builder: Builder) -> ir.Value:
@@ -360,19 +367,11 @@ def _shape_of(sizes: Sequence[Dim], site: _Site, builder: Builder) -> ir.Value:
         if isinstance(size, int):
             parts.append(builder.ints("size", [size]))
         else:
-            source, axis = _measured(size, site)
-            parts.append(builder.op("Shape", [source], {"start": axis, "end": axis + 1}))
+            near = [v for v in site.found.product.inputs if v is not None]
+            there = measured(size, near, site.scope.graph, site.shapes)
+            assert there is not None, "the sizes of an attention are sizes of Q and K"
+            parts.append(builder.size(*there))
     return parts[0] if len(parts) == 1 else builder.op("Concat", parts, {"axis": 0})
-
-
-def _measured(size: Dim, site: _Site) -> tuple[ir.Value, int]:
-    """Return a value and its axis of this size, which is batch, queries or keys."""
-    operand = site.found.key.near if size == site.found.keys and size != site.found.queries else site.found.query.near
-    for source in (operand.view.source, site.found.product.inputs[0], site.found.product.inputs[1]):
-        shape = site.shapes.of(source) if source is not None else None
-        if source is not None and shape is not None and size in shape:
-            return source, shape.index(size)
-    raise AssertionError("the sizes of an attention are sizes of Q and K")
 
 
 def _bias(site: _Site, *, guarded_zero: bool = False) -> _Bias | str | None:
@@ -421,13 +420,12 @@ def _stretch(site: _Site) -> tuple[bool, bool] | str:
     ranks = [len(t.shape) for t in site.terms]
     if max(ranks) < 2 or max(ranks) > 5 or (max(ranks) == 5 and min(ranks) < 5):
         return "the masks have other axes than batch x heads x queries x keys"
-    sizes: list[Dim] = []
+    sizes: list[Dim] = [1] * (4 - max(ranks))
     for axis in range(-max(ranks), 0):
         own = {t.shape[axis] for t in site.terms if len(t.shape) >= -axis} - {1}
         if len(own) > 1:
             return "the masks have different shapes"
         sizes.append(next(iter(own), 1))
-    sizes = [1] * (4 - len(sizes)) + sizes
     if rank == 5 and (sizes[-3] != 1 or sizes[-4] != 1):
         return "the masks differ between heads"
     if len(sizes) == 5:
@@ -627,7 +625,7 @@ class _ContribMask:
             flat = builder.layout(condition, [Step("Squeeze", (1, 2), ())])
             return builder.op("Cast", [flat], {"to": ir.DataType.INT32})
 
-        return self.site.keep(("padding", id(keys.condition), keys.inverted), make, builder)
+        return self.site.keep(("padding", keys.condition, keys.inverted), make, builder)
 
     def finish(self, builder: Builder, result: ir.Value) -> ir.Value:
         """Set rows of batch x queries x features to 0 that are masked in full."""
@@ -636,7 +634,8 @@ class _ContribMask:
         return builder.op("Mul", [result, _row_factor(self.site, self.zeroed, builder, flat=True)])
 
 
-def _contrib_mask(site: _Site, *, padding: bool = True) -> _ContribMask | str:
+def _contrib_mask(site: _Site) -> _ContribMask | str:
+    """Return how the masks are given to an operator of ONNX Runtime."""
     if site.causal and not site.guarded:
         return _ContribMask(site, {"unidirectional": 1, "mask_filter_value": LOWEST})
     terms, zeroed = site.terms, None
@@ -648,7 +647,7 @@ def _contrib_mask(site: _Site, *, padding: bool = True) -> _ContribMask | str:
         terms = (dataclasses.replace(t, fill=LOWEST, value=None, low=LOWEST),)
         site = dataclasses.replace(site, terms=terms)
     certain = len(terms) == 1 and math.isfinite(terms[0].fill) and terms[0].fill <= CERTAIN
-    if padding and certain and is_key_padding(terms[0], site.found.batch, site.found.keys):
+    if certain and is_key_padding(terms[0], site.found.batch, site.found.keys):
         return _ContribMask(site, {"mask_filter_value": terms[0].fill}, keys=terms[0], zeroed=zeroed)
     if zeroed is not None:
         fits = _stretch(site)
@@ -659,7 +658,7 @@ def _contrib_mask(site: _Site, *, padding: bool = True) -> _ContribMask | str:
 
 
 def _row_factor(site: _Site, t: Term, builder: Builder, *, flat: bool) -> ir.Value:
-    """Return 1 for rows with a key that counts and 0 for others: batch x queries x 1, or with an axis for heads."""
+    """Return 1 for rows with a key that counts, else 0: batch x queries x 1, or with an axis for heads."""
 
     def make(builder: Builder) -> ir.Value:
         condition = builder.op("Not", [t.condition]) if t.inverted else t.condition
@@ -670,7 +669,7 @@ def _row_factor(site: _Site, t: Term, builder: Builder, *, flat: bool) -> ir.Val
             kept = builder.op("ReduceMax", [number], {"axes": [-1], "keepdims": 1})
         return builder.layout(kept, [Step("Squeeze", (1,), ())]) if flat else kept
 
-    return site.keep(("rows", id(t.condition), t.inverted, flat), make, builder)
+    return site.keep(("rows", t.condition, t.inverted, flat), make, builder)
 
 
 def _multi_head(site: _Site) -> _Made | str:
@@ -823,15 +822,14 @@ def _rotary(site: _Site) -> _Rotary | None:
         source, position = node.inputs[0], node.inputs[1]
         # Only from position 0 on, and only whole heads, in a tensor whose features are the heads side by side.
         flat = operand.near.view.shape
-        if source is None or constant_ints(position) != (0,) or len(flat) != 3 or operand.near.view.factor != 1:
+        if source is None or constant_ints(position) != (0,) or len(flat) != 3:
             return None
         size = attribute(node, "rotary_embedding_dim", 0)
         if size not in (0, site.found.size) or attribute(node, "scale", 1.0) != 1.0 or _flat(operand.near) != ():
             return None
         nodes.append(node)
-        inner = view(source, site.shapes, selections=False, repeats=False, factors=False)
-        rotated.append(dataclasses.replace(operand.near, view=dataclasses.replace(operand.near.view, source=source)))
-        del inner
+        seen = dataclasses.replace(operand.near.view, source=source)
+        rotated.append(dataclasses.replace(operand.near, view=seen))
     first, second = nodes
     cos, sin = first.inputs[2], first.inputs[3]
     if cos is None or sin is None or second.inputs[2] is not cos or second.inputs[3] is not sin:
@@ -859,7 +857,7 @@ def _lean(site: _Site) -> _Made | str:
         return rows
     new = len(query) + len(key) + len(value) + len(tail.steps) + (found.scale != 1) + len(site.terms) + 3
     new += 0 if not site.guarded else 2 if isinstance(rows, str) else 1
-    if new >= len(site.dead(tail.value)):
+    if new >= len(site.dead(tail.value, keep_operands=True)):
         return "the attention has the fewest plain operators already"
 
     def build(builder: Builder) -> ir.Value:
@@ -883,7 +881,7 @@ def _lean(site: _Site) -> _Made | str:
 
 
 def _guarded_rows(site: _Site) -> Term | str | None:
-    """Return the mask whose rows become 0 after the products, which is cheaper than a guard; None without a guard."""
+    """Return the mask whose rows become 0 after the products, cheaper than a guard; None without a guard."""
     if not site.guarded:
         return None
     t = site.terms[0]
@@ -898,7 +896,8 @@ def _masked(
     """Apply one mask to the scores."""
     if isinstance(rows, Term):
         finite = dataclasses.replace(t, fill=LOWEST, value=None)
-        mask = site.keep(("finite", id(t.condition), t.inverted), functools.partial(_addend, finite, None), builder)
+        key = ("finite", t.condition, t.inverted)
+        mask = site.keep(key, functools.partial(_addend, finite, None), builder)
         return builder.op("Add", [scores, _with_group_axis(site, mask, t.shape, builder)])
     if fill is None:
         assert t.value is not None
@@ -913,7 +912,7 @@ def _with_group_axis(site: _Site, mask: ir.Value, shape: tuple[Dim, ...], builde
     """Insert the axis of the heads that share one of K and V into a mask that has an axis for the batch."""
     if site.found.groups == 1 or len(shape) < 4:
         return mask
-    return site.keep(("grouped", id(mask)), lambda b: _unsqueezed(b, mask, [1]), builder)
+    return site.keep(("grouped", mask), lambda b: _unsqueezed(b, mask, [1]), builder)
 
 
 _Plan: TypeAlias = tuple[Step, ...] | None
@@ -938,11 +937,11 @@ def _lean_steps(site: _Site) -> tuple[_Plan, _Plan, _Plan]:
     return query, key, _steps(v.view, (v.batch, v.heads, (), v.length, v.size))
 
 
-def _by_group(site: _Site) -> Callable[[_Result], tuple[Axis, ...]]:
-    def groups(result: _Result) -> tuple[Axis, ...]:
+def _by_group(site: _Site) -> Callable[[_Result], tuple[Axis, ...] | None]:
+    def groups(result: _Result) -> tuple[Axis, ...] | None:
         outer = split_off(list(result.heads), site.found.key.heads)
         if outer is None or {*outer[0], *outer[1]} != set(result.heads):
-            return ()
+            return None
         return (result.batch, *outer, result.length, result.size)
 
     return groups

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.analysis.fills import constant_or_fill, fill, is_uniform, store
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
     Names,
@@ -17,7 +18,6 @@ from onnxopt.graph import (
     add_constant,
     attribute,
     cannot_replace,
-    constant_array,
     constant_tensor,
     drop_unused_constants,
     first_output,
@@ -29,6 +29,7 @@ from onnxopt.graph import (
     scopes,
     use_count,
 )
+from onnxopt.rewrite import Builder
 
 _Array = np.ndarray[Any, Any]
 
@@ -44,6 +45,7 @@ _SHARED = "the weight is used elsewhere, too"
 _BIAS = "the bias is not constant"
 _SHAPES = "weight, bias and normalization do not fit together"
 _VARIANCE = "variance + epsilon is not positive"
+_FILLED = "the weight is filled in with one number, and the fused weight would have to be stored"
 _OVERFLOW = "the fused weight or bias does not fit into the element type"
 
 
@@ -88,9 +90,9 @@ def _fused(scope: Scope, conv: ir.Node, norm: ir.Node) -> _Fused | str:
     reason = _unfit(scope, conv, norm)
     if reason:
         return reason
-    weight = constant_array(conv.inputs[1])
-    parameters = [constant_array(v) for v in norm.inputs[1:5]]
-    bias = constant_array(conv.inputs[2]) if _has_bias(conv) else None
+    weight = constant_or_fill(conv.inputs[1])
+    parameters = [constant_or_fill(v) for v in norm.inputs[1:5]]
+    bias = constant_or_fill(conv.inputs[2]) if _has_bias(conv) else None
     if weight is None or any(p is None for p in parameters):
         return _PARAMETERS
     scale, shift, mean, variance = (p.astype(np.float64) for p in parameters if p is not None)
@@ -102,6 +104,8 @@ def _fused(scope: Scope, conv: ir.Node, norm: ir.Node) -> _Fused | str:
     scaled = None if before is None else _scaled(conv, weight, factor)
     if scaled is None or before is None or not shift.shape == mean.shape == factor.shape:
         return _SHAPES
+    if fill(conv.inputs[1]) is not None and not is_uniform(scaled):
+        return _FILLED
     with np.errstate(over="ignore"):
         fused = _Fused(scaled.astype(weight.dtype), ((before - mean) * factor + shift).astype(weight.dtype))
     finite = all(np.isfinite(a.astype(np.float64)).all() for a in (fused.weight, fused.bias))
@@ -123,16 +127,20 @@ def _unfit(scope: Scope, conv: ir.Node, norm: ir.Node) -> str | None:
         return _OTHER_GRAPH
     if only_use(conv.outputs[0]) is not norm:
         return _USED
-    if len(norm.inputs) != 5 or any(constant_tensor(v) is None for v in norm.inputs[1:]):
+    if len(norm.inputs) != 5 or any(_is_variable(v) for v in norm.inputs[1:]):
         return _PARAMETERS
     weight = conv.inputs[1] if len(conv.inputs) > 1 else None
-    if weight is None or constant_tensor(weight) is None:
+    if weight is None or _is_variable(weight):
         return _WEIGHT
-    if use_count(weight) != 1 or weight.is_graph_output():
+    if fill(weight) is None and (use_count(weight) != 1 or weight.is_graph_output()):
         return _SHARED
-    if _has_bias(conv) and constant_tensor(conv.inputs[2]) is None:
+    if _has_bias(conv) and _is_variable(conv.inputs[2]):
         return _BIAS
     return cannot_replace(norm.outputs[0], conv.outputs[0])
+
+
+def _is_variable(value: ir.Value | None) -> bool:
+    return constant_tensor(value) is None and fill(value) is None
 
 
 def _has_bias(conv: ir.Node) -> bool:
@@ -178,7 +186,10 @@ def _scaled(conv: ir.Node, weight: _Array, factor: _Array) -> _Array | None:
 
 def _fuse(scope: Scope, names: Any, conv: ir.Node, norm: ir.Node, fused: _Fused) -> None:
     unused = [*conv.inputs[1:], *norm.inputs[1:]]
-    weight = add_constant(scope, names(), f"{_name(conv.inputs[1], conv)}_bn", fused.weight, conv)
+    if fill(conv.inputs[1]) is None:
+        weight = add_constant(scope, names(), f"{_name(conv.inputs[1], conv)}_bn", fused.weight, conv)
+    else:
+        weight = store(Builder(scope, names(), conv, first_output(conv)), "weight", fused.weight)
     base = conv.inputs[2] if _has_bias(conv) else norm.inputs[2]
     bias = add_constant(scope, names(), f"{_name(base, conv)}_bn", fused.bias, conv)
     if len(conv.inputs) < 3:

@@ -46,7 +46,7 @@ class DeduplicateInitializers(GraphPass):
             if value.is_graph_output():
                 yield Refusal(site, "it is a graph output, whose name must stay")
                 continue
-            summary = f"merged with {found.name}, saving {value.const_value.nbytes} bytes"
+            summary = f"merged with {found.name}, saving {value.const_value.nbytes:,} bytes"
             yield Edit(site, summary, functools.partial(_replace, scope.graph, value, found))
         for node in scope.graph:
             for inner in inner_scopes(scope, node):

@@ -13,6 +13,7 @@ import onnx_ir as ir
 from onnxopt.analysis import evaluation
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
+    RANDOM_OPS,
     STANDARD_DOMAINS,
     Scope,
     bodies,
@@ -29,17 +30,6 @@ from onnxopt.graph import (
 )
 from onnxopt.numeric.kernels import Array, TooLargeError
 
-_RANDOM = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-        "Dropout",
-    ]
-)
 _QUANTIZATION = frozenset(["QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"])
 
 _SMALLEST_ALLOWANCE = 256
@@ -236,7 +226,7 @@ def _never(node: ir.Node) -> str | None:
         return _HAS_BODY
     if has_references(node):
         return _REFERS
-    if node.op_type in _RANDOM:
+    if node.op_type in RANDOM_OPS:
         return _IS_RANDOM
     return _QUANTIZES if node.op_type in _QUANTIZATION else None
 

@@ -1,4 +1,4 @@
-"""An If whose condition is known is replaced by the nodes of the branch it takes."""
+"""An If whose condition is known, or makes no difference, is replaced by the nodes of a branch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxopt.analysis.contents import equal_graphs
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import Names, Scope, attribute, first_output, is_op, remove_unused, scopes
 from onnxopt.instantiate import Instantiation, cannot_take_over, take_over
@@ -16,7 +17,7 @@ from onnxopt.instantiate import Instantiation, cannot_take_over, take_over
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InlineBranches(GraphPass):
-    """Replace an If whose condition is known by the nodes of the branch it takes.
+    """Replace an If by the nodes of the branch it always takes, or of either when both are the same.
 
     A condition is known when it is constant or follows from shapes.
     """
@@ -32,9 +33,10 @@ class InlineBranches(GraphPass):
                 yield from self._visit(scope, node, ctx, names)
 
     def _visit(self, scope: Scope, node: ir.Node, ctx: Context, names: Callable[[], Names]) -> Iterator[Edit | Refusal]:
-        taken = _taken(node, ctx)
-        if taken is None:
+        found = _taken(node, ctx)
+        if found is None:
             return
+        taken, why = found
         site = Site(self.name, scope.path, first_output(node))
         if reason := _unfit(scope, node, taken):
             yield Refusal(site, reason)
@@ -44,23 +46,24 @@ class InlineBranches(GraphPass):
         def apply() -> None:
             inlined.extend(_inline(scope, node, taken, names()))
 
-        which = "then" if taken is attribute(node, "then_branch") else "else"
-        yield Edit(site, f"the {which} branch is always taken", apply)
+        yield Edit(site, why, apply)
         for inner in inlined:
             if inner.graph is not None:
                 yield from self._visit(scope, inner, ctx, names)
 
 
-def _taken(node: ir.Node, ctx: Context) -> ir.Graph | None:
-    """Return the branch that is always taken, or None."""
+def _taken(node: ir.Node, ctx: Context) -> tuple[ir.Graph, str] | None:
+    """Return the branch that gives what the node gives, and why it does, or None."""
     if not is_op(node, "If") or not node.inputs or node.inputs[0] is None:
+        return None
+    branches = [attribute(node, f"{which}_branch") for which in ("else", "then")]
+    if not all(isinstance(branch, ir.Graph) for branch in branches):
         return None
     content = ctx.shapes.known_content(node.inputs[0])
     condition = content.items[0] if content is not None and len(content.items) == 1 else None
-    if not isinstance(condition, int):
-        return None
-    branch = attribute(node, "then_branch" if condition else "else_branch")
-    return branch if isinstance(branch, ir.Graph) else None
+    if isinstance(condition, int):
+        return branches[condition != 0], f"the {'then' if condition else 'else'} branch is always taken"
+    return (branches[0], "both branches are the same") if equal_graphs(*branches) else None
 
 
 def _unfit(scope: Scope, node: ir.Node, taken: ir.Graph) -> str | None:

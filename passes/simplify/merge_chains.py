@@ -349,7 +349,9 @@ def _with_keepdims(node: ir.Node, scope: Scope, ctx: Context, *, keepdims: int) 
     else:
         reduced = _axes(first, scope.opset, _AXES_AS_INPUT[first.op_type])
     axes = _axes(node, scope.opset, 13)
-    if not reduced or not axes or not rank or {a % rank for a in axes} != {a % rank for a in reduced}:
+    if not reduced or not axes or not rank or len(axes) != len(reduced):
+        return None
+    if {a % rank for a in axes} != {a % rank for a in reduced}:
         return None
     attributes = {name: a.value for name, a in first.attributes.items()} | {"keepdims": keepdims}
 

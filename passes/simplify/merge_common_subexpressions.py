@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import struct
 from collections.abc import Hashable, Iterator, Mapping
 from typing import ClassVar
 
 import onnx_ir as ir
 
-from onnxopt.analysis.contents import Content
+from onnxopt.analysis.contents import attribute_key
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
+    RANDOM_OPS,
     STANDARD_DOMAINS,
     Scope,
     cannot_replace,
@@ -23,20 +23,6 @@ from onnxopt.graph import (
     root_scopes,
 )
 
-_RANDOM = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-        "Dropout",
-        "BiasDropout",
-        "BitmaskDropout",
-        "BitmaskBiasDropout",
-    ]
-)
 _KNOWN_DOMAINS = frozenset([*STANDARD_DOMAINS, "ai.onnx.ml", "com.microsoft"])
 _COMMUTATIVE = frozenset(["Add", "Mul", "And", "Or", "Xor", "Equal"])
 
@@ -106,7 +92,7 @@ class _Repeatable:
         identifier = node.op_identifier()
         function = self._functions.get(identifier)
         if function is None:
-            return node.op_type in _RANDOM
+            return node.op_type in RANDOM_OPS
         if identifier not in self._random:
             # Functions do not call themselves; the entry only ends the walk over a malformed model.
             self._random[identifier] = False
@@ -121,33 +107,11 @@ def _key(node: ir.Node, opset: int) -> Hashable:
         inputs.pop()
     if node.op_type in _COMMUTATIVE and node.domain in STANDARD_DOMAINS and opset >= 7:
         inputs.sort(key=id)
-    attributes = [part for name, a in sorted(node.attributes.data.items()) for part in (name, _attribute_key(a))]
+    attributes = [part for name, a in sorted(node.attributes.data.items()) for part in (name, attribute_key(a))]
     # An output that is left out is not computed.
     outputs = [bool(o.name) for o in node.outputs]
     # One flat tuple: a hundred thousand keys of nested ones would keep the garbage collector busy.
     return (*node.op_identifier(), *outputs, *inputs, *attributes)
-
-
-def _attribute_key(attr: ir.Attr) -> Hashable:
-    kind = attr.type
-    if attr.is_ref():
-        return kind, "reference", attr.ref_attr_name
-    if kind == ir.AttributeType.TENSOR:
-        return Content(attr.value)
-    if kind == ir.AttributeType.TENSORS:
-        return tuple(Content(t) for t in attr.value)
-    if kind == ir.AttributeType.FLOAT:
-        # The bits, because 0.0 equals -0.0 and NaN does not equal itself.
-        return struct.pack("<d", attr.value)
-    if kind == ir.AttributeType.FLOATS:
-        return struct.pack(f"<{len(attr.value)}d", *attr.value)
-    if kind in (ir.AttributeType.INT, ir.AttributeType.STRING):
-        plain: Hashable = attr.value
-        return plain
-    if kind in (ir.AttributeType.INTS, ir.AttributeType.STRINGS):
-        return tuple(attr.value)
-    # Types and sparse tensors: equal only when they are the same object.
-    return kind, id(attr)
 
 
 def _replace(node: ir.Node, pairs: list[tuple[ir.Value, ir.Value]]) -> None:

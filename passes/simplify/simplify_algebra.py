@@ -106,20 +106,29 @@ def _negated(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     return None
 
 
+_COPIES = ("Expand", "Reshape", "Unsqueeze", "Squeeze", "Tile", "Transpose", "Identity")
+
+
+def _copied(value: ir.Value | None) -> ir.Node | None:
+    """Return the node that makes a value of copies of one number, or of elements of another value."""
+    node = value.producer() if value is not None else None
+    if node is None or not is_op(node, "ConstantOfShape", *_COPIES) or has_references(node):
+        return None
+    return node
+
+
 def uniform(value: ir.Value | None) -> float | None:
     """Return the number that every element of a value is, whatever its shape, or None."""
     for _ in range(_MAX_COPIES):
         tensor = constant_tensor(value)
         if tensor is not None:
             return _uniform_tensor(tensor)
-        node = value.producer() if value is not None else None
-        if node is None or has_references(node):
+        node = _copied(value)
+        if node is None:
             return None
         if is_op(node, "ConstantOfShape"):
             filling = attribute(node, "value")
             return 0.0 if filling is None else _uniform_tensor(filling)
-        if not is_op(node, "Expand", "Reshape", "Unsqueeze", "Squeeze", "Tile", "Transpose", "Identity"):
-            return None
         value = node.inputs[0]
     return None
 
@@ -141,8 +150,7 @@ def _neutral(number: float, *, either_side: bool) -> Rule:
             return None
         for index in (1, 0) if either_side else (1,):
             # What is constant and numeric, remove-identities looks at, which knows the exceptions.
-            known = constant_tensor(values[index])
-            if known is not None and known.dtype != ir.DataType.BOOL:
+            if _copied(values[index]) is None and ctx.shapes.dtype(values[index]) != ir.DataType.BOOL:
                 continue
             if uniform(values[index]) == number and ctx.shapes.broadcasts_to(values[index], values[1 - index]):
                 return Same(node.outputs[0], values[1 - index], f"{node.op_type} with {number:g}")
@@ -175,7 +183,7 @@ class _Step:
     source: ir.Value
 
 
-def _step(node: ir.Node, ctx: Context) -> _Step | None:
+def _step(node: ir.Node) -> _Step | None:
     values = _inputs(node)
     if values is None or len(values) != 2:
         return None
@@ -194,11 +202,15 @@ def _step(node: ir.Node, ctx: Context) -> _Step | None:
 def _merge_constants(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     """(x + a) + b is x + (a + b), and (x * a) * b is x * (a * b)."""
     additive = node.op_type in ("Add", "Sub")
-    last = _step(node, ctx) if scope.opset >= BROADCASTING else None
-    inner = _producer(last.value, node, *(("Add", "Sub") if additive else ("Mul", "Div"))) if last else None
+    family = ("Add", "Sub") if additive else ("Mul", "Div")
+    # This question is the cheapest, and the answer mostly no.
+    if scope.opset < BROADCASTING or not any(_producer(v, node, *family) for v in node.inputs):
+        return None
+    last = _step(node)
+    inner = _producer(last.value, node, *family) if last else None
     if last is None or inner is None or only_use(last.value) is None:
         return None
-    first = _step(inner, ctx)
+    first = _step(inner)
     if first is None or first.flipped or last.flipped or first.constant.dtype != last.constant.dtype:
         return None
     merged = _added(first, last) if additive else _multiplied(first, last)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +18,7 @@ from onnxopt.analysis.layout import Axis, Rearrangement, is_layout, plan, rearra
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
 from onnxopt.graph import Scope, attribute, constant_scalar, is_op
-from onnxopt.rewrite import Answer, Builder, Found, Refused, Same, rewrite
+from onnxopt.rewrite import Answer, Builder, Found, Refused, Rule, Same, rewrite
 
 _MAX_DEPTH = 8
 """Masks are followed this deep."""
@@ -39,15 +41,20 @@ class SimplifyMasks(GraphPass):
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per node that can go."""
-        rules = {
+        made: _Made = {}
+        rules: dict[str, Sequence[Rule]] = {
             "GatherND": [_gather_nd],
             "Gather": [_gather],
             "And": [_logical],
             "Or": [_logical],
-            "Where": [_guard, _where],
-            "Add": [_add],
+            "Where": [_guard, functools.partial(_where, made=made)],
+            "Add": [functools.partial(_add, made=made)],
         }
         yield from rewrite(self.name, model, ctx, rules)
+
+
+_Made: TypeAlias = dict[ir.Value, ir.Value]
+"""Mask -> what stands for it; several layers use the same."""
 
 
 # Gathers -----------------------------------------------------------------------------------------------
@@ -144,7 +151,7 @@ def _logical(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     return None
 
 
-def _where(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
+def _where(node: ir.Node, scope: Scope, ctx: Context, *, made: _Made) -> Answer:
     """Where with a known condition, or one that gets narrower while a branch has the whole shape."""
     condition, yes, no = node.inputs
     known = truth(condition, ctx.shapes) if condition is not None else None
@@ -156,10 +163,10 @@ def _where(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     mask = _narrowed(condition, ctx.shapes)
     if mask is None or _broadcast([mask.shape, *_shapes_of([yes, no], ctx.shapes)]) != ctx.shapes.of(node.outputs[0]):
         return None
-    return Found(node.outputs[0], mask.summary, lambda b: b.op("Where", [mask.build(b), yes, no]))
+    return Found(node.outputs[0], mask.summary, lambda b: b.op("Where", [mask.build(b, made), yes, no]))
 
 
-def _add(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
+def _add(node: ir.Node, scope: Scope, ctx: Context, *, made: _Made) -> Answer:
     """Add of a mask, where the other operand has the whole shape, so that the mask may get narrower."""
     for value, other in _orders(node):
         if not is_op(value.producer(), *_MASKING) or not ctx.shapes.same_shape(node.outputs[0], other):
@@ -168,12 +175,12 @@ def _add(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
             return Same(node.outputs[0], other, "the mask is all zero")
         mask = _narrowed(value, ctx.shapes)
         if mask is not None:
-            return _added(node, other, mask)
+            return _added(node, other, mask, made)
     return None
 
 
-def _added(node: ir.Node, other: ir.Value, mask: _Narrow) -> Found:
-    return Found(node.outputs[0], mask.summary, lambda b: b.op("Add", [other, mask.build(b)]))
+def _added(node: ir.Node, other: ir.Value, mask: _Narrow, made: _Made) -> Found:
+    return Found(node.outputs[0], mask.summary, lambda b: b.op("Add", [other, mask.build(b, made)]))
 
 
 def _orders(node: ir.Node) -> Iterator[tuple[ir.Value, ir.Value]]:
@@ -191,19 +198,27 @@ class _Narrow:
     """A mask without the parts that change nothing: a node over other masks, or a value that is there.
 
     Attributes:
-        shape: Its shape, which broadcasts to that of the mask it stands for.
+        mask: The mask it stands for.
+        shape: Its shape, which broadcasts to that of the mask.
         operands: What the node takes; a single value when there is no node.
         op: The operator, or None.
     """
 
+    mask: ir.Value
     shape: tuple[Dim, ...]
     operands: tuple[_Narrow | ir.Value, ...]
     op: str | None = None
     summary: str = "left out a condition that always holds"
 
-    def build(self, builder: Builder) -> ir.Value:
-        made = [o.build(builder) if isinstance(o, _Narrow) else o for o in self.operands]
-        return made[0] if self.op is None else builder.op(self.op, made)
+    def build(self, builder: Builder, made: _Made) -> ir.Value:
+        """Return the value, made in front of the first node that uses it."""
+        there = made.get(self.mask)
+        producer = there.producer() if there is not None else None
+        if there is not None and (producer is None or producer.graph is builder.scope.graph):
+            return there
+        parts = [o.build(builder, made) if isinstance(o, _Narrow) else o for o in self.operands]
+        made[self.mask] = parts[0] if self.op is None else builder.op(self.op, parts)
+        return made[self.mask]
 
 
 def _narrowed(mask: ir.Value, shapes: Shapes, depth: int = _MAX_DEPTH) -> _Narrow | None:
@@ -215,11 +230,11 @@ def _narrowed(mask: ir.Value, shapes: Shapes, depth: int = _MAX_DEPTH) -> _Narro
     if is_op(node, "And", "Or"):
         for value, other in _orders(node):
             if truth(value, shapes) is is_op(node, "And"):
-                return _narrowed(other, shapes, depth - 1) or _there(other, shapes)
+                return _narrowed(other, shapes, depth - 1) or _there(mask, other, shapes)
     if is_op(node, "Where"):
         known = truth(inputs[0], shapes)
         if known is not None:
-            return _there(inputs[1 if known else 2], shapes)
+            return _there(mask, inputs[1 if known else 2], shapes)
         inner = [_narrowed(inputs[0], shapes, depth - 1), None, None]
     else:
         inner = [_narrowed(v, shapes, depth - 1) for v in inputs]
@@ -229,12 +244,12 @@ def _narrowed(mask: ir.Value, shapes: Shapes, depth: int = _MAX_DEPTH) -> _Narro
     shape = _broadcast([p for p in parts if p is not None]) if None not in parts else None
     if shape is None:
         return None
-    return _Narrow(shape, tuple(i or v for i, v in zip(inner, inputs, strict=True)), node.op_type)
+    return _Narrow(mask, shape, tuple(i or v for i, v in zip(inner, inputs, strict=True)), node.op_type)
 
 
-def _there(value: ir.Value, shapes: Shapes) -> _Narrow | None:
+def _there(mask: ir.Value, value: ir.Value, shapes: Shapes) -> _Narrow | None:
     shape = shapes.of(value)
-    return None if shape is None else _Narrow(shape, (value,))
+    return None if shape is None else _Narrow(mask, shape, (value,))
 
 
 def _shapes_of(values: Sequence[ir.Value], shapes: Shapes) -> list[tuple[Dim, ...]]:

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
+    RANDOM_OPS,
     Names,
     Scope,
     add_constant,
@@ -30,17 +31,6 @@ from onnxopt.rewrite import Builder
 AXES_AS_INPUT = 13
 """From this opset on, Unsqueeze takes its axes as an input."""
 
-_RANDOM = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-        "Dropout",
-    ]
-)
 
 _NO_ROUNDS = "it runs no round, and the shape of what it collects is not known"
 _MANY_ROUNDS = "it runs more than max_rounds rounds"
@@ -132,12 +122,12 @@ def _always_continues(loop: _Loop, ctx: Context) -> bool:
 
 def _random_functions(model: ir.Model) -> frozenset[ir.OperatorIdentifier]:
     """Return the functions, which may draw random numbers, if anything in the model does."""
-    return frozenset(model.functions) if any(n.op_type in _RANDOM for n in all_nodes(model)) else frozenset()
+    return frozenset(model.functions) if any(n.op_type in RANDOM_OPS for n in all_nodes(model)) else frozenset()
 
 
 def _draws(graph: ir.Graph, functions: frozenset[ir.OperatorIdentifier]) -> str | None:
     for node in graph:
-        if node.op_type in _RANDOM or node.op_identifier() in functions:
+        if node.op_type in RANDOM_OPS or node.op_identifier() in functions:
             return _RANDOM_BODY
         if any(_draws(body, functions) for _, body in bodies(node)):
             return _RANDOM_BODY

@@ -36,7 +36,7 @@ def test_equal_ones_are_stored_once(rewritten):
     found = rewritten(proto, SPEC)
     assert names(found.model) == ["a", "b"]
     assert [(e.site.output, e.summary) for e in found.report.passes[0].applied] == [
-        ("c", "merged with a, saving 40000 bytes")
+        ("c", "merged with a, saving 40,000 bytes")
     ]
 
 

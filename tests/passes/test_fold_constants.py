@@ -193,6 +193,16 @@ def test_refusals(body, reason):
     onnx.checker.check_model(ir.to_proto(result.model))
 
 
+def test_constants_that_are_graph_outputs_stay_nodes(rewritten):
+    found = rewritten(
+        f"""{HEAD} g (float[2] x) => (float y, float z, float[2] t) {{
+            y = Constant <value_float = 1.0> ()  z = Identity(y)  t = Add(x, y)
+        }}""",
+        SPEC,
+    )
+    assert (found.edits, found.ops) == (0, {"Constant": 1, "Identity": 1, "Add": 1})
+
+
 def test_operators_of_other_domains_are_refused(rewritten):
     text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
     g (float[2] x) => (float[2] y) <float[2] w = {1, 2}> { v = com.microsoft.Gelu(w)  y = Add(x, v) }"""

@@ -114,6 +114,40 @@ def test_a_branch_inside_a_loop_body_is_inlined_there(rewritten):
     assert found.ops == {"Loop": 1, "Identity": 1, "Mul": 1}
 
 
+def two_branches(first, second):
+    """An If of a condition that nothing is known about."""
+    return f"""
+    <ir_version: 8, opset_import: ["" : 17]>
+    g (float[2] x, float[2] z, bool c) => (float[2] y)
+    {{ y = If (c) < then_branch = {first}, else_branch = {second} > }}
+    """
+
+
+def test_two_equal_branches_are_one(rewritten):
+    inner = "If (c) < then_branch = {0}1 () => (float[2] {0}p) {{ {0}p = Neg({0}) }}, else_branch = {0}2 () => (float[2] {0}q) {{ {0}q = Abs({0}) }} >"
+    first = f"t () => (float[2] b) <float[2] w = {{1, 2}}> {{ a = Mul(x, w) r = {inner.format('a')} b = LeakyRelu <alpha = 0.5> (r) }}"
+    second = f"e () => (float[2] d) <float[2] v = {{1, 2}}> {{ k = Mul(x, v) s = {inner.format('k')} d = LeakyRelu <alpha = 0.5> (s) }}"
+    assert rewritten(two_branches(first, second), SPEC).ops == {"Mul": 1, "If": 1, "Neg": 1, "Abs": 1, "LeakyRelu": 1}
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        "e () => (float[2] d) <float[2] v = {1, 3}> { k = Mul(x, v) d = LeakyRelu <alpha = 0.5> (k) }",
+        "e () => (float[2] d) <float[2] v = {1, 2}> { k = Mul(z, v) d = LeakyRelu <alpha = 0.5> (k) }",
+        "e () => (float[2] d) <float[2] v = {1, 2}> { k = Mul(x, v) d = LeakyRelu <alpha = 0.25> (k) }",
+        "e () => (float[2] d) <float[2] v = {1, 2}> { k = Mul(x, v) d = Elu <alpha = 0.5> (k) }",
+        "e () => (float[2] k) <float[2] v = {1, 2}> { k = Mul(x, v) d = LeakyRelu <alpha = 0.5> (k) }",
+        "e () => (float[2] d) <float[2] v = {1, 2}> { k = Mul(x, v) d = LeakyRelu(k) }",
+        "e () => (float[2] d) <float[2] v = {1, 2}> { k = Mul(x, v) l = LeakyRelu <alpha = 0.5> (k) d = Identity(l) }",
+    ],
+    ids=["weight", "input", "attribute", "operator", "output", "default", "one more"],
+)
+def test_branches_that_differ_stay(rewritten, second):
+    first = "t () => (float[2] b) <float[2] w = {1, 2}> { a = Mul(x, w) b = LeakyRelu <alpha = 0.5> (a) }"
+    assert not rewritten(two_branches(first, second), SPEC).edits
+
+
 def sequence_model(opset, *, direct):
     """An If that returns a sequence, made in the branch or captured."""
     sequence = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, [2]))

@@ -290,14 +290,14 @@ def test_unsqueeze_of_what_was_reduced(rewritten):
         "a = ReduceMean <axes = [1, 2]> (x) b = Squeeze(a, one) y = Exp(b)",
         "a = ReduceMean <axes = [2]> (x) b = Squeeze(a, one) y = Exp(b)",
         "a = ReduceMean <axes = [1], keepdims = 0> (x) b = Unsqueeze(a, zero) y = Exp(b)",
+        "a = ReduceMean <axes = [0], keepdims = 0> (x) b = Unsqueeze(a, outer) y = Exp(b)",
         "a = ReduceMean <axes = [1]> (x) z = Squeeze(a, one) y = Exp(a)",
     ],
 )
 def test_other_axes_and_uses_stay(rewritten, body):
     outputs = "float y, float[3,5] z" if "z =" in body else "float y"
-    proto = onnx.parser.parse_model(
-        graph(body, inputs="float[3,1,5] x", outputs=outputs, constants="int64[1] one = {1}, int64[1] zero = {0}")
-    )
+    constants = "int64[1] one = {1}, int64[1] zero = {0}, int64[2] outer = {0, 3}"
+    proto = onnx.parser.parse_model(graph(body, inputs="float[3,1,5] x", outputs=outputs, constants=constants))
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     assert not rewritten(proto, SPEC).edits
 

@@ -137,6 +137,17 @@ def test_functions(rewritten):
     }
 
 
+def test_attributes_of_the_caller_are_told_apart(rewritten):
+    found = rewritten(
+        """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[2,2] x) => (float[2,2] y) { y = my.F <a = 0, b = 1> (x) }
+        <domain: "my", opset_import: ["" : 17]>
+        F <a, b> (x) => (y) { p = Softmax <axis: int = @a> (x) q = Softmax <axis: int = @b> (x) y = Add(p, q) }""",
+        SPEC,
+    )
+    assert found.edits == 0
+
+
 def test_unknown_operators_are_not_taken_to_repeat_themselves(rewritten):
     text = ends_in_sum("a = lab.Sample(x) b = lab.Sample(x)", "a", "b", head=HEAD.replace("]", ', "lab" : 1]'))
     found = rewritten(text, SPEC, verify=False)

@@ -183,4 +183,4 @@ def test_exact_passes_are_exact(spec, case):
     ],
 )
 def test_the_cases_are_not_empty_words(spec):
-    assert sum(bool(edits(items(load(c), spec, apply=False))) for c in CASES.values()) >= 2
+    assert any(edits(items(load(c), spec, apply=False)) for c in CASES.values())

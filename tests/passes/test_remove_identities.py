@@ -23,6 +23,7 @@ INITIALIZERS = {
     "pad": np.array([0, 0, 0, 0, 0, 1]),
     "repeats": np.ones(3, np.int64),
     "same": np.array([0, 3, -1]),
+    "none": np.array([0, 3, 4]),
     "other": np.array([0, 4, -1]),
     "open": np.array([-1, 3, 4]),
     "start": np.zeros(2, np.int64),
@@ -226,6 +227,23 @@ def test_functions(rewritten):
         SPEC,
     )
     assert found.ops == {"F": 1, "Cast": 1, "Neg": 1}
+
+
+def test_attributes_of_the_caller_are_not_known(rewritten):
+    found = rewritten(
+        """<ir_version: 8, opset_import: ["" : 17, "my" : 1]>
+        g (float[2,2] x) => (float[2,2] y) { y = my.F <order = [1, 0]> (x) }
+        <domain: "my", opset_import: ["" : 17]>
+        F <order> (x) => (y) { a = Transpose <perm: ints = @order> (x)  y = Neg(a) }""",
+        SPEC,
+    )
+    assert found.edits == 0
+
+
+def test_a_zero_in_the_target_of_a_reshape_can_mean_zero(rewritten):
+    # Valid only when x is empty along the first axis; the other Reshape copies that size.
+    assert rewritten(graph("v = Neg(x) y = Reshape <allowzero = 1> (v, none)"), SPEC, verify=False).edits == 0
+    assert rewritten(graph("v = Neg(x) y = Reshape(v, none)"), SPEC).edits == 1
 
 
 def test_an_overridable_operand_is_not_neutral():
