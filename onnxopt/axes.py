@@ -78,6 +78,9 @@ _WORDS: tuple[tuple[Kind, str], ...] = (
 _KIND_OF_WORD = {word: kind for kind, words in _WORDS for word in words.split()}
 
 _AUDIO_WORDS = frozenset({"audio", "wav", "waveform", "speech", "signal", "samples", "pcm", "sound"})
+_RATE_WORDS = (frozenset({"sr"}), frozenset({"sample", "rate"}), frozenset({"sampling", "rate"}))
+"""Names of an input that tells the sampling rate: the model takes sound."""
+_STATE_WORDS = frozenset({"state", "states", "hidden", "cell", "hx", "cx", "h", "c", "hn", "cn"})
 _CACHE_WORDS = frozenset({"past", "cache", "key", "keys", "value", "values", "kv"})
 _IMAGE_CHANNELS = (1, 3, 4)
 
@@ -335,7 +338,10 @@ def _kind_of_position(value: ir.Value, index: int, dims: tuple[int | str | None,
     if rank in (4, 5) and "mask" not in about:
         return _image_axis(index, dims)
     if rank == 2 and value.dtype is not None and value.dtype.is_floating_point():
-        return Kind.SAMPLES if about & _AUDIO_WORDS else Kind.FEATURES
+        sound = about & _AUDIO_WORDS or any(rate <= set(words(v.name or "")) for rate in _RATE_WORDS for v in inputs)
+        return Kind.SAMPLES if sound else Kind.FEATURES
+    if rank == 3 and index == 1 and about & _STATE_WORDS and isinstance(dims[0], int) and isinstance(dims[2], int):
+        return Kind.BATCH  # the state of a recurrent layer: layers, batch, width
     if rank == 3 and index == 2 and not isinstance(dims[1], int):
         return Kind.FEATURES
     return Kind.SEQUENCE

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.axes import SIZES, Axes, Kind
 from onnxopt.errors import DataError, RuntimeFailure
-from onnxopt.graph import scopes
+from onnxopt.graph import all_nodes, bodies, scopes
 from onnxopt.roles import Roles
 from onnxopt.samples import Data, Feed, load_data, load_labels
 
@@ -33,6 +32,11 @@ _ALTERNATIVES: Mapping[str, tuple[tuple[Kind, ...], tuple[int, ...]]] = {
 """Sizes to try, one kind of axis after the other, when the first choice does not run."""
 
 _MOST_TRIES = 40
+
+_MOST_HINTS = 24
+
+_LARGEST_HINT = 4096
+"""Larger numbers in an error message are hardly the size of an axis that this model was exported with."""
 
 
 def generate(model: ir.Model, *, seed: int = 0, sets: int = 3, shape: Mapping[str, int] | None = None) -> list[Feed]:
@@ -97,7 +101,8 @@ def generate_runnable(
     runs = [_runs(run, feed, failures) for feed in modest]
     if any(runs):
         return [feed for feed, ran in zip(modest, runs, strict=True) if ran]
-    for sizes in itertools.islice(generator.alternatives(), _MOST_TRIES):
+    hinted = itertools.islice(generator.hinted(str(failures[0])), _MOST_HINTS)
+    for sizes in itertools.chain(hinted, itertools.islice(generator.alternatives(), _MOST_TRIES)):
         if _runs(run, generator.feed(0, sizes), failures):
             feeds = [generator.feed(i, sizes) for i in range(sets)]
             return [feed for i, feed in enumerate(feeds) if i == 0 or _runs(run, feed, failures)]
@@ -155,8 +160,21 @@ class _Generator:
             for choice in group:
                 yield from _new(self.sizes(0, single | choice), tried)
         for one, other in itertools.combinations(groups, 2):
-            for choice, second in itertools.product(one, other):
+            pairs = itertools.product(enumerate(one), enumerate(other))
+            for (_, choice), (_, second) in sorted(pairs, key=lambda pair: pair[0][0] + pair[1][0]):
                 yield from _new(self.sizes(0, single | choice | second), tried)
+
+    def hinted(self, message: str) -> Iterator[dict[str, int]]:
+        """Yield sizes of a single axis that a failure mentions, such as "Input shape:{16,64}, requested shape:{9,64}".
+
+        An exporter may have written the length of its example into the nodes, under an axis it calls dynamic.
+        """
+        usual = self.sizes(0)
+        numbers = dict.fromkeys(int(n) for n in re.findall(r"(?<![\w.])\d+(?![\w.])", re.sub(r'"[^"]*"', "", message)))
+        for size in numbers:
+            for name, standing in usual.items():
+                if 0 < size <= _LARGEST_HINT and size != standing and name not in self._overrides:
+                    yield self.axes.choose(0, self._overrides | {name: size})
 
 
 def _new(sizes: dict[str, int], tried: list[dict[str, int]]) -> Iterator[dict[str, int]]:
@@ -188,29 +206,40 @@ def _involved(model: ir.Model, message: str) -> list[str]:
     names = [v.name or "" for v in model.graph.inputs]
     if named and named[1] in names:
         return [named[1]]
-    node_name = re.search(r'node "([^"]+)"', message)
-    if node_name is None:
+    # A node that failed within a body is named after the node that carries the body.
+    blamed = re.findall(r'node "([^"]+)"', message)
+    if not blamed:
         return []
     for scope in scopes(model):
         for node in scope.graph:
-            if node.name == node_name[1]:
-                return [name for name in names if name in _ancestors(node)]
+            if node.name == blamed[-1]:
+                needed = _ancestors(model, node)
+                return [name for name in names if name in needed]
     return []
 
 
-def _ancestors(node: ir.Node) -> set[str]:
-    """Return the names of the graph inputs a node depends on."""
+def _ancestors(model: ir.Model, node: ir.Node) -> set[str]:
+    """Return the names of the graph inputs a node depends on, through the bodies of other nodes too."""
+    carriers = {body: carrier for carrier in all_nodes(model) for _, body in bodies(carrier)}
     found: set[str] = set()
-    pending: list[Any] = [v for v in node.inputs if v is not None]
+    pending = _read_by(node)
     seen: set[ir.Value] = set()
     while pending:
         value = pending.pop()
         if value in seen:
             continue
         seen.add(value)
-        if value.is_graph_input() and value.name:
-            found.add(value.name)
-        producer = value.producer()
-        if producer is not None:
-            pending += [v for v in producer.inputs if v is not None]
+        source = value.producer()
+        if source is None and value.is_graph_input():
+            source = carriers.get(value.graph) if value.graph is not None else None
+            if source is None and value.name:
+                found.add(value.name)
+        if source is not None:
+            pending += _read_by(source)
     return found
+
+
+def _read_by(node: ir.Node) -> list[ir.Value]:
+    """Return what a node and the nodes of its bodies take."""
+    inner = itertools.chain.from_iterable(body.all_nodes() for _, body in bodies(node))
+    return [v for n in (node, *inner) for v in n.inputs if v is not None]

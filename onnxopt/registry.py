@@ -158,6 +158,21 @@ BUILTIN: dict[str, Entry] = dict(
             "Merge linear operators on the same input into one, for example query, key and value.",
         ),
         _entry(
+            "merge-consecutive-linear",
+            "fuse.merge_consecutive:MergeConsecutiveLinear",
+            "Merge linear operators one behind the other where that costs less.",
+        ),
+        _entry(
+            "fuse-exponentials",
+            "fuse.exponentials:FuseExponentials",
+            "Fuse Sigmoid and Softmax that are spelled out with Exp.",
+        ),
+        _entry(
+            "unflatten-linear",
+            "fuse.unflatten:UnflattenLinear",
+            "Replace a Gemm between two Reshapes by MatMul and Add.",
+        ),
+        _entry(
             "fuse-gelu",
             "fuse.gelu:FuseGelu",
             "Fuse GELU in all exporters' forms.",

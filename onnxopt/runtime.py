@@ -166,7 +166,7 @@ class Session:
         inputs = self._converted(feed)
         kinds = [*(v.type for v in self.inputs), *(v.type for v in self.outputs)]
         if any(not kind.startswith("tensor(") or kind == "tensor(string)" for kind in kinds):
-            return Binding(session, inputs, None)
+            return Binding(session, inputs, None, ())
         binding = session.io_binding()
         device = _DEVICES.get(self.provider, "cpu") if self.provider in session.get_providers() else "cpu"
         with _failing("ONNX Runtime cannot take the inputs"):
@@ -174,7 +174,7 @@ class Session:
                 binding.bind_ortvalue_input(name, ortvalues.on_device(ort, value, device))
             for output in self.outputs:
                 binding.bind_output(output.name, device)
-        return Binding(session, inputs, binding)
+        return Binding(session, inputs, binding, self.outputs, device)
 
     def placement(self) -> dict[str, tuple[str, ...]]:
         """Return which nodes run where: provider -> the operator and name of each node it runs.
@@ -223,17 +223,24 @@ class Session:
 class Binding:
     """A feed bound to a session, to be run many times."""
 
-    def __init__(self, session: Any, inputs: Mapping[str, Any], binding: Any) -> None:
+    def __init__(
+        self, session: Any, inputs: Mapping[str, Any], binding: Any, outputs: Sequence[ValueInfo], device: str = "cpu"
+    ) -> None:
         """Wrap an I/O binding; use `Session.bind` to get one.
 
         Args:
             session: The `onnxruntime.InferenceSession`.
             inputs: The feed; also keeps its arrays alive.
             binding: The `onnxruntime.IOBinding`, or None where the types of the model allow none.
+            outputs: The outputs that are bound.
+            device: Where they are.
         """
         self._session = session
         self._inputs = dict(inputs)
         self._binding = binding
+        self._outputs = outputs
+        self._device = device
+        self._misdeclared: list[str] | None = None
 
     def run(self) -> None:
         """Compute the outputs and leave them on the device.
@@ -245,9 +252,22 @@ class Binding:
             if self._binding is None:
                 self._session.run(None, self._inputs)
             else:
+                for name in self._misdeclared or ():
+                    self._binding.bind_output(name, self._device)
                 self._session.run_with_iobinding(self._binding)
                 # Without it a device may still be computing when this returns.
                 self._binding.synchronize_outputs()
+                if self._misdeclared is None:
+                    self._misdeclared = self._found_misdeclared()
+
+    def _found_misdeclared(self) -> list[str]:
+        """Return the outputs whose shape is not the declared one.
+
+        ONNX Runtime computes these all the same, but does not take what it computed back as the place for the next
+        run's result, so they are to be bound anew for every run.
+        """
+        made = zip(self._outputs, self._binding.get_outputs(), strict=True)
+        return [info.name for info, value in made if not _is_declared(info, value.shape())]
 
 
 def open_session(
@@ -480,6 +500,15 @@ def _refuse_fallback(session: Session, registered: Sequence[str], provider: str)
 
 def _value_info(argument: Any) -> ValueInfo:
     return ValueInfo(argument.name, argument.type, tuple(argument.shape))
+
+
+def _is_declared(info: ValueInfo, shape: Sequence[int]) -> bool:
+    """Whether a shape is one that the session declares; of an output without a shape any is."""
+    if not info.shape:
+        return True
+    return len(shape) == len(info.shape) and all(
+        size == dim or not isinstance(dim, int) for size, dim in zip(shape, info.shape, strict=True)
+    )
 
 
 def _shape(info: ValueInfo) -> str:

@@ -324,6 +324,8 @@ def _column(member: _Member, slot: _Slot) -> _Column:
     if expected is None or (len(shape) == len(expected) and slot.rows is None and _fits(shape, expected)):
         return _Column(member, slot, None, None)
     rows = slot.rows
+    if rows and len(shape) == len(expected) and shape[0] == 0:
+        raise DataError(f"{member}: an array of shape {list(shape)} holds no samples.")
     if rows and len(shape) == len(expected) and _fits(shape[1:], expected[1:]) and shape[0] >= rows:
         return _Column(member, slot, rows, shape[0] // rows)
     if len(shape) == len(expected) + 1 and _fits(shape[1:], expected):

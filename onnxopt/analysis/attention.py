@@ -16,9 +16,10 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim, exact_div
+from onnxopt.analysis.layout import is_layout
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.views import Axis, Leaf, View, scalar_factor, size_of, view
-from onnxopt.graph import attribute, constant_scalar, is_op, only_use
+from onnxopt.graph import attribute, constant_scalar, is_op, only_use, use_count
 
 _MAX_STEPS = 12
 """Nodes between the product of Q and K and the softmax."""
@@ -118,14 +119,14 @@ class Attention:
     value_size: Dim
 
 
-def attention(softmax: ir.Node, shapes: Shapes) -> Attention | str | None:
-    """Read the attention around a softmax.
+def attention(softmax: ir.Node, shapes: Shapes, opset: int) -> Attention | str | None:
+    """Read the attention around a softmax of an opset.
 
     Returns:
         The attention, or why what looks like one is not read as one, or None when it is something else.
     """
     guard, weights = _guarded(softmax.outputs[0])
-    second = _weighted_sum(weights)
+    weights, second = _weighted_sum(weights, shapes)
     scores = softmax.inputs[0]
     if second is None or scores is None:
         return None
@@ -133,11 +134,18 @@ def attention(softmax: ir.Node, shapes: Shapes) -> Attention | str | None:
     if found is None or isinstance(found, str):
         return found
     rank = shapes.rank(found.product.outputs[0])
-    if rank is None or attribute(softmax, "axis", -1) not in (-1, (shapes.rank(scores) or 0) - 1):
+    if rank is None or not is_over_last_axis(softmax, shapes, opset):
         return "the softmax is not over the keys, or its rank is unknown"
-    if only_use(weights) is None or len(list(softmax.outputs[0].uses())) > (2 if guard else 1):
+    if only_use(weights) is None or use_count(softmax.outputs[0]) > (2 if guard else 1):
         return "the attention weights are used elsewhere"
     return _Reader(softmax, found, guard, second, rank, shapes).read()
+
+
+def is_over_last_axis(softmax: ir.Node, shapes: Shapes, opset: int) -> bool:
+    """Whether a Softmax is taken over the last axis alone; before opset 13 it was over all from one on."""
+    source = softmax.inputs[0]
+    rank = shapes.rank(source) if source is not None else None
+    return rank is not None and attribute(softmax, "axis", -1 if opset >= 13 else 1) in (-1, rank - 1)
 
 
 def _guarded(weights: ir.Value) -> tuple[ir.Node | None, ir.Value]:
@@ -150,8 +158,17 @@ def _guarded(weights: ir.Value) -> tuple[ir.Node | None, ir.Value]:
     return None, weights
 
 
-def _weighted_sum(weights: ir.Value) -> ir.Node | None:
-    return next((u.node for u in weights.uses() if is_op(u.node, "MatMul") and u.idx == 0), None)
+def _weighted_sum(weights: ir.Value, shapes: Shapes) -> tuple[ir.Value, ir.Node | None]:
+    """Return the node that multiplies the weights with V, and the weights as they go into it."""
+    while True:
+        second = next((u.node for u in weights.uses() if is_op(u.node, "MatMul") and u.idx == 0), None)
+        user = only_use(weights)
+        if second is not None or user is None or not is_layout(user):
+            return weights, second
+        before, after = shapes.of(weights), shapes.of(user.outputs[0])
+        if before is None or after is None or before[-2:] != after[-2:] or is_op(user, "Transpose"):
+            return weights, None
+        weights = user.outputs[0]
 
 
 # Scores ------------------------------------------------------------------------------------------------

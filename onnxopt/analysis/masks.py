@@ -13,10 +13,11 @@ from onnxopt.analysis.bounds import bounds
 from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.grids import at_least, some_true_in_row
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.graph import constant_array, constant_scalar, is_op
+from onnxopt.graph import attribute, constant_array, constant_scalar, is_op
 
 CERTAIN = -1e30
 """Scores to which less than this is added leave nothing of themselves: the sum is what was added, rounded."""
+_MAX_SEEN = 256
 LIKELY = -1e4
 """What at least is added where a row has other keys: their weight is then exactly zero."""
 
@@ -42,6 +43,11 @@ class Term:
     fill: float
     low: float | None
     row_kept: bool
+
+    @property
+    def holds_infinity(self) -> bool:
+        """Whether an infinity of the model's own may be added, as far as its constants tell."""
+        return self.low == -math.inf or (self.low is None and self.value is not None and _has_infinity(self.value))
 
     @property
     def finite(self) -> bool:
@@ -89,6 +95,30 @@ def _constant_row_kept(value: ir.Value) -> bool:
     """Whether a constant mask leaves a key in every row."""
     array = constant_array(value, max_bytes=1 << 22)
     return array is not None and array.ndim > 0 and bool((np.max(array, axis=-1) > LIKELY).all())
+
+
+def _has_infinity(value: ir.Value) -> bool:
+    """Whether what a value is computed from has an infinite constant, or too much to look at."""
+    seen: set[ir.Value] = set()
+    pending = [value]
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        if len(seen) > _MAX_SEEN:
+            return True
+        node = current.producer()
+        array = constant_array(current, max_bytes=1 << 22)
+        fill = attribute(node, "value") if node is not None and is_op(node, "ConstantOfShape") else None
+        for found in (array, None if fill is None else fill.numpy()):
+            if found is not None and found.dtype.kind == "f" and not np.isfinite(found).all():
+                return True
+        if node is not None and array is None:
+            if is_op(node, "Log"):
+                return True
+            pending.extend(v for v in node.inputs if v is not None)
+    return False
 
 
 def is_causal(found: Term, queries: Dim, keys: Dim, shapes: Shapes) -> bool:

@@ -22,7 +22,7 @@ from onnxopt.analysis.algebra import summands
 from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.views import Axis, Leaf, View, view
-from onnxopt.graph import attribute, constant_array, is_op
+from onnxopt.graph import attribute, constant_array, is_op, only_use
 
 _MAX_CLIMB = 4
 _MAX_DEPTH = 12
@@ -41,6 +41,7 @@ class Rotation:
         per_pair: Whether cosines and sines are one per pair.
         signed: Whether the minus is in the sines, so that nothing is negated.
         interleaved: Whether pairs are neighbours, not halves.
+        paired: Whether the result has an axis of its own for the two features of a pair, the last one.
     """
 
     result: ir.Value
@@ -50,13 +51,12 @@ class Rotation:
     per_pair: bool
     signed: bool
     interleaved: bool
+    paired: bool = False
 
 
 def rotation(node: ir.Node, shapes: Shapes) -> Rotation | None:
-    """Read the rotary embedding that ends in an Add, a Concat or a Reshape, or return None."""
-    if is_op(node, "Add"):
-        return _of_sum(node, shapes)
-    return _of_pairs(node.outputs[0], shapes)
+    """Read the rotary embedding that ends in an Add or a Concat, or return None."""
+    return _of_sum(node, shapes) if is_op(node, "Add") else _of_pairs(node, shapes)
 
 
 # x * cos + rotated(x) * sin ----------------------------------------------------------------------------
@@ -107,24 +107,34 @@ def _turned(value: ir.Value, shapes: Shapes) -> tuple[ir.Value, ir.Value, bool, 
 def _joined(value: ir.Value, shapes: Shapes) -> tuple[tuple[ir.Value, ir.Value], bool] | None:
     """Return the two values that are put side by side along the last axis, and whether element by element."""
     node = value.producer()
-    if node is None or not is_op(node, "Concat", "Reshape", "Flatten"):
+    if node is None or is_op(node, "Concat"):
+        parts = None if node is None else _parts(node, shapes)
+        return None if parts is None else (parts, False)
+    source = node.inputs[0] if is_op(node, "Reshape", "Flatten") else None
+    inner, outer = shapes.of(source) if source is not None else None, shapes.of(value)
+    if source is None or inner is None or outer is None or inner[:-2] != outer[:-1] or len(inner) < 2:
         return None
-    interleaved = not is_op(node, "Concat")
-    if interleaved:  # Reshape(Concat(Unsqueeze(a), Unsqueeze(b))) of a new last axis
-        source, rank = node.inputs[0], shapes.rank(value)
-        inner, outer = shapes.of(source) if source is not None else None, shapes.of(value)
-        node = source.producer() if source is not None else None
-        merged = inner is not None and outer is not None and rank is not None and len(inner) == rank + 1
-        if not merged or inner is None or outer is None or inner[:-2] != outer[:-1] or not is_op(node, "Concat"):
-            return None
-    assert node is not None
+    merged = source.producer()
+    parts = None if merged is None else _interleaved_parts(merged, shapes)
+    return None if parts is None else (parts, True)
+
+
+def _parts(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, ir.Value] | None:
+    """Return what a Concat of two puts side by side along the last axis."""
     rank = shapes.rank(node.outputs[0])
     parts = [v for v in node.inputs if v is not None]
-    if rank is None or len(parts) != 2 or attribute(node, "axis") not in (-1, rank - 1):
+    if not is_op(node, "Concat") or rank is None or len(parts) != 2 or attribute(node, "axis") not in (-1, rank - 1):
         return None
-    if interleaved:
-        parts = [p for p in (_squeezed(v, shapes) for v in parts) if p is not None]
-    return ((parts[0], parts[1]), interleaved) if len(parts) == 2 else None
+    return parts[0], parts[1]
+
+
+def _interleaved_parts(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, ir.Value] | None:
+    """Return a and b of Concat(Unsqueeze(a), Unsqueeze(b)) along a new last axis."""
+    parts = _parts(node, shapes)
+    if parts is None:
+        return None
+    first, second = (_squeezed(v, shapes) for v in parts)
+    return None if first is None or second is None else (first, second)
 
 
 def _squeezed(value: ir.Value, shapes: Shapes) -> ir.Value | None:
@@ -167,12 +177,12 @@ def _same(a: View, b: View) -> bool:
 # (x1 * cos - x2 * sin, x2 * cos + x1 * sin) ------------------------------------------------------------
 
 
-def _of_pairs(value: ir.Value, shapes: Shapes) -> Rotation | None:
-    parts = _joined(value, shapes)
+def _of_pairs(node: ir.Node, shapes: Shapes) -> Rotation | None:
+    interleaved = _interleaved_parts(node, shapes)
+    parts = interleaved or _parts(node, shapes)
     if parts is None:
         return None
-    (one, two), interleaved = parts
-    first, second = _products(one, shapes), _products(two, shapes)
+    first, second = _products(parts[0], shapes), _products(parts[1], shapes)
     if first is None or second is None or [s for s, _ in second] != [1, 1]:
         return None
     if sorted(s for s, _ in first) != [-1, 1]:
@@ -180,10 +190,18 @@ def _of_pairs(value: ir.Value, shapes: Shapes) -> Rotation | None:
     positive, negative = (p for _, p in sorted(first, key=lambda t: -t[0]))
     for (x1, cos), (x2, sin) in itertools.product(_swaps(positive), _swaps(negative)):
         if _matches([p for _, p in second], (x2, cos), (x1, sin), shapes):
-            x = _whole_of(x1, x2, interleaved, shapes)
+            x = _whole_of(x1, x2, interleaved is not None, shapes)
             if x is not None:
-                return Rotation(value, x, cos, sin, True, False, interleaved)
+                return _ending(node.outputs[0], x, cos, sin, interleaved is not None, shapes)
     return None
+
+
+def _ending(value: ir.Value, x: ir.Value, cos: ir.Value, sin: ir.Value, interleaved: bool, shapes: Shapes) -> Rotation:
+    """Return the rotation, of the shape of x where pairs are merged right behind it."""
+    user = only_use(value) if interleaved else None
+    if user is not None and is_op(user, "Reshape", "Flatten") and shapes.same_shape(user.outputs[0], x):
+        return Rotation(user.outputs[0], x, cos, sin, True, False, interleaved)
+    return Rotation(value, x, cos, sin, True, False, interleaved, paired=interleaved)
 
 
 def _products(value: ir.Value, shapes: Shapes) -> list[tuple[int, tuple[ir.Value, ir.Value]]] | None:
@@ -239,13 +257,11 @@ class Table:
         shape: Their shape; the last axis counts pairs.
         negated: What is built holds them for the second half; the first half has the opposite sign.
         make: Given a function that adds an operator, returns the value.
-        gathered: (table, indices) when they are rows of a table of two axes picked by indices.
     """
 
     shape: tuple[Dim, ...]
     negated: bool
     make: Callable[[Op], ir.Value]
-    gathered: tuple[Table, ir.Value] | None = None
 
 
 Op = Callable[..., ir.Value]
@@ -320,21 +336,16 @@ def _through(node: ir.Node, half: tuple[Dim, ...], shapes: Shapes, interleaved: 
     inner = table(source, shapes, interleaved=interleaved, depth=depth) if source is not None else None
     if inner is None:
         return None
-    if is_op(node, "Gather") and attribute(node, "axis", 0) == 0 and node.inputs[1] is not None:
-        return _gathered(inner, node.inputs[1], half)
+    indices = node.inputs[1] if is_op(node, "Gather") and attribute(node, "axis", 0) == 0 else None
+    if indices is not None and len(inner.shape) == 2:
+        return Table(half, inner.negated, lambda op: op("Gather", [inner.make(op), indices], {}))
     if is_op(node, *_UNARY) and not (inner.negated and is_op(node, "Cos")):
         given = dict(node.attributes.items())
-        return dataclasses.replace(inner, make=lambda op: op(node.op_type, [inner.make(op)], given), gathered=None)
+        return dataclasses.replace(inner, make=lambda op: op(node.op_type, [inner.make(op)], given))
     if is_op(node, "Unsqueeze", "Squeeze", "Reshape"):  # the table keeps its own axes of size 1
         before, after = [d for d in inner.shape if d != 1], [d for d in half if d != 1]
         return inner if before == after and inner.shape[-1] == half[-1] else None
     return None
-
-
-def _gathered(inner: Table, indices: ir.Value, half: tuple[Dim, ...]) -> Table | None:
-    if len(inner.shape) != 2:
-        return None
-    return Table(half, inner.negated, lambda op: op("Gather", [inner.make(op), indices], {}), (inner, indices))
 
 
 def _scaled(node: ir.Node, shapes: Shapes, interleaved: bool, depth: int) -> Table | None:
@@ -347,8 +358,23 @@ def _scaled(node: ir.Node, shapes: Shapes, interleaved: bool, depth: int) -> Tab
             inner = table(value, shapes, interleaved=interleaved, depth=depth)
             if inner is None or len(inner.shape) < len(shape):
                 return None
-            return dataclasses.replace(inner, make=_product(node, inner, other, swapped), gathered=None)
+            return dataclasses.replace(inner, make=_product(node, inner, other, swapped))
+        signs = _signs(other, interleaved)
+        if value is not None and signs is not None:
+            inner = table(value, shapes, interleaved=interleaved, depth=depth)
+            return None if inner is None else dataclasses.replace(inner, negated=inner.negated is not signs)
     return None
+
+
+def _signs(value: ir.Value | None, interleaved: bool) -> bool | None:
+    """Return whether a constant of ones has a minus for the first feature of each pair; None for others."""
+    array = constant_array(value, max_bytes=_MAX_CONSTANT)
+    if array is None or array.ndim != 1 or len(array) % 2 or array.dtype.kind != "f":
+        return None
+    first, second = (array[::2], array[1::2]) if interleaved else np.split(array, 2)
+    if not (second == 1).all() or not (abs(first) == 1).all() or len(set(first.tolist())) != 1:
+        return None
+    return bool(first[0] < 0)
 
 
 def _product(node: ir.Node, inner: Table, other: ir.Value, swapped: bool) -> Callable[[Op], ir.Value]:

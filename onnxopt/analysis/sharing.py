@@ -74,15 +74,28 @@ def share(branches: Sequence[Branch], axis: int, shapes: Shapes) -> Sharing | No
     now = sum(len(b.nodes) for b in branches)
     if now < 2:
         return None
-    bases = dict.fromkeys(b.read for b in branches if b.read is not None)
+    bases = dict.fromkeys(v for b in branches if b.read is not None for v in _readings(b.read, axis))
     found = [s for base in bases if (s := _hoisted(base, axis, branches, shapes)) is not None and s.count < now]
     return min(found, key=lambda s: s.count, default=None)
 
 
+def _readings(read: Rearrangement, axis: int) -> list[Rearrangement]:
+    """Return the ways to see a part as so many pieces along an axis: several, or a single one where there is room."""
+    found = [read] if read.before[axis] else []
+    if any(not a for a in read.after):
+        head = sum(len(a) for a in read.before[:axis])
+        shifted = {f: f + (f >= head) for f in range(len(read.sizes))}
+        before, after = ([tuple(shifted[f] for f in a) for a in axes] for axes in (read.before, read.after))
+        before[axis] = (head, *before[axis])
+        sizes: tuple[Dim, ...] = (*read.sizes[:head], 1, *read.sizes[head:])
+        for place in (i for i, a in enumerate(after) if not a):
+            target = tuple((head,) if i == place else a for i, a in enumerate(after))
+            found.append(Rearrangement(sizes, tuple(before), target))
+    return found
+
+
 def _hoisted(base: Rearrangement, axis: int, branches: Sequence[Branch], shapes: Shapes) -> Sharing | None:
     """Rearrange as one of the parts is, then split; what the other parts need besides is done behind the split."""
-    if not base.before[axis]:
-        return None
     head = base.before[axis][0]
     axis_after = next((i for i, a in enumerate(base.after) if a and a[0] == head), None)
     if axis_after is None:
@@ -91,12 +104,19 @@ def _hoisted(base: Rearrangement, axis: int, branches: Sequence[Branch], shapes:
     sizes: list[int] = []
     together: Dim = 0
     for each in branches:
-        read = each.read or _identity_like(base, axis, head, each.result, shapes)
-        if read is None or read.before != base.before or not _same_but(read.sizes, base.sizes, head):
+        own = each.read or _identity_like(base, axis, head, each.result, shapes)
+        fitting = [
+            (steps, read)
+            for read in (_readings(own, axis) if own is not None else ())
+            if read.before == base.before
+            and _same_but(read.sizes, base.sizes, head)
+            and (steps := plan(_renumbered(read.sizes, base.after, read.after))) is not None
+        ]
+        if not fitting:
             return None
+        steps, read = min(fitting, key=lambda f: len(f[0]))
         size = product(read.sizes[f] for f in base.after[axis_after])
-        steps = plan(_renumbered(read.sizes, base.after, read.after))
-        if not isinstance(size, int) or steps is None:
+        if not isinstance(size, int):
             return None
         rest.append(steps)
         sizes.append(size)

@@ -6,6 +6,7 @@ unwritable output; 70 a defect of onnxopt itself; 130 interrupted.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import importlib
@@ -37,6 +38,9 @@ EXIT_INTERNAL = 70
 EXIT_INTERRUPTED = 130
 
 DEBUG_VARIABLE = "ONNXOPT_DEBUG"
+
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""What writing to a stream, such as stdout on a full disk, fails with."""
 
 _EPILOG = """
 \b
@@ -101,6 +105,8 @@ class LazyGroup(click.Group):
         except Exception as error:  # the last line of defence: a user gets a sentence, not a traceback
             if isinstance(error, OSError) and error.errno == errno.EPIPE:
                 raise
+            if isinstance(error, OSError) and error.errno in _UNWRITABLE and error.filename is None:
+                _end(ctx, f"Error: The output cannot be written: {error.strerror}.", 2)
             if os.environ.get(DEBUG_VARIABLE):
                 traceback.print_exc()
             what = sentence(f"{type(error).__name__}: {error}").rstrip(".")
@@ -113,7 +119,8 @@ class LazyGroup(click.Group):
 
 
 def _end(ctx: click.Context, message: str, code: int) -> NoReturn:
-    click.echo(message, err=True)
+    with contextlib.suppress(OSError):  # stderr may lie on the same full disk
+        click.echo(message, err=True)
     ctx.exit(code)
 
 
@@ -135,12 +142,20 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; the entry point of the `onnxopt` script."""
+    _open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         # a model's names may hold characters that the terminal's encoding lacks
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
     cli(prog_name="onnxopt")
+
+
+def _open_standard_streams() -> None:
+    """Open what the caller has closed, or the next file, a model for one, would get the number of stdout or stderr."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _terminate(number: int, frame: object) -> NoReturn:

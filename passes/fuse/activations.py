@@ -70,8 +70,10 @@ def _clamped(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     if scope.opset < CLIP_OPSET or (user is not None and clamp(user, scope.opset, ctx.shapes) is not None):
         return None
     found = clamps(node, scope.opset, ctx.shapes)
+    if (found is None or len(found.nodes) < 2) and _is_near_clamp(node):
+        return Refused("the bounds cross, or are not numbers known in advance")
     if found is None:
-        return Refused("the bounds cross, or are not numbers known in advance") if _is_near_clamp(node) else None
+        return None
     if found.low == -math.inf and found.high == math.inf:
         return Same(node.outputs[0], found.x, "clamps nothing")
     if len(found.nodes) < 2 or not _expressible(found, node, scope, ctx):
@@ -84,8 +86,9 @@ def _clamped(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
 
 
 def _is_near_clamp(node: ir.Node) -> bool:
-    before = node.inputs[0].producer() if node.inputs and node.inputs[0] is not None else None
-    return is_op(node, "Clip") and before is not None and is_op(before, "Clip", "Relu")
+    """Whether a Clip follows another one that nothing else uses."""
+    source = node.inputs[0] if node.inputs else None
+    return is_op(node, "Clip") and source is not None and is_op(source.producer(), "Clip") and only_use(source) is node
 
 
 def _expressible(found: Clamp, node: ir.Node, scope: Scope, ctx: Context) -> bool:

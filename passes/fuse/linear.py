@@ -81,11 +81,12 @@ class FuseLinear(GraphPass):
             for node in scope.graph:
                 if not is_op(node, *LINEAR_OPS):
                     continue
-                for look in (_behind, _ahead):
+                source = node.inputs[0].name if node.inputs and node.inputs[0] is not None else ""
+                for look, name in ((_behind, first_output(node)), (_ahead, source or "")):
                     fold = look(node, scope, ctx.shapes)
                     if fold is None:
                         continue
-                    site = Site(self.name, scope.path, first_output(node))
+                    site = Site(self.name, scope.path, name)
                     if isinstance(fold, str):
                         yield Refusal(site, fold)
                     else:
@@ -105,17 +106,24 @@ class _Step:
 
     Attributes:
         node: The node.
-        source: What takes the place of its output.
+        index: Which input is what it is applied to.
         scale: What it multiplies each channel by.
         shift: What it then adds.
         shape: How one number per channel broadcasts to its input; None when it does not.
     """
 
     node: ir.Node
-    source: ir.Value
+    index: int
     scale: Array
     shift: Array
     shape: tuple[int, ...] | None
+
+    @property
+    def source(self) -> ir.Value:
+        """What takes the place of its output: not what it was when the step was read, if a step before is gone."""
+        value = self.node.inputs[self.index]
+        assert value is not None
+        return value
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -277,7 +285,8 @@ def _step(map_: Affine, rank: int, axis: int | None, channels: int) -> _Step | s
             return found
         numbers.append(found)
     shape = None if axis is None else (channels, *[1] * (rank - 1 - axis))
-    return _Step(map_.node, map_.x, numbers[0], numbers[1], shape)
+    index = next(i for i, v in enumerate(map_.node.inputs) if v is map_.x)
+    return _Step(map_.node, index, numbers[0], numbers[1], shape)
 
 
 def _compose(steps: Sequence[_Step], channels: int) -> tuple[Array, Array]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,7 +42,7 @@ class FuseRotaryEmbedding(GraphPass):
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per rotary embedding."""
         rule = functools.partial(_rule, shared={})
-        yield from rewrite(self.name, model, ctx, {op: [rule] for op in ("Add", "Concat", "Reshape", "Flatten")})
+        yield from rewrite(self.name, model, ctx, {op: [rule] for op in ("Add", "Concat")})
 
 
 _Shared: TypeAlias = dict[tuple[object, ...], ir.Value]
@@ -197,13 +197,14 @@ def _placed(x: ir.Value, found: Rotation, shapes: Shapes) -> _Placed | str:
     heads, features = shape[3 - axis], shape[3]
     if not isinstance(heads, int) or not isinstance(features, int):
         return "the number of heads or features is not known"
-    near = view(x, shapes, selections=False, repeats=False, factors=False)
-    direct = view(x, shapes, selections=False, repeats=False, factors=False) if near is None else near
-    assert direct is not None
+    direct = view(x, shapes, selections=False, repeats=False, factors=False)
+    if direct is None:
+        return "the shape of what is rotated is not known"
     for seen, flat in ((direct, True), (_itself(x, shape), False), (_itself(x, shape), True)):
         batch, head, position, size = seen.axes[0], seen.axes[3 - axis], seen.axes[axis], seen.axes[3]
         groups = (batch, position, (*head, *size)) if flat else (batch, head, position, size)
-        before, after = _plan(seen, groups), _back(groups, seen.axes)
+        before = _plan(seen, groups)
+        after = _back(groups, seen.axes, found.paired)
         if before is None or after is None or (seen is direct and before):
             continue
         if flat or not before or axis == 1:
@@ -221,15 +222,22 @@ def _plan(seen: View, groups: Sequence[Axis]) -> tuple[Step, ...] | None:
     return None if wanted is None else plan(wanted)
 
 
-def _back(groups: Sequence[Axis], axes: Sequence[Axis]) -> tuple[Step, ...] | None:
-    """Return the layout nodes from the operator's axes to those of x."""
+def _back(groups: Sequence[Axis], axes: Sequence[Axis], paired: bool) -> tuple[Step, ...] | None:
+    """Return the layout nodes from the operator's axes to those of x, with an axis for pairs where there is one."""
+    after = list(axes)
+    if paired:
+        leaf = axes[-1][-1]
+        assert isinstance(leaf.size, int)
+        pairs = (Leaf(leaf.axis, leaf.stride * 2, leaf.size // 2), Leaf(leaf.axis, leaf.stride, 2))
+        groups = [tuple(p for old in axis for p in (pairs if old == leaf else (old,))) for axis in groups]
+        after[-1:] = [(*axes[-1][:-1], pairs[0]), (pairs[1],)]
     order = [leaf for axis in groups for leaf in axis]
     number = {leaf: i for i, leaf in enumerate(order)}
     return plan(
         Rearrangement(
             tuple(leaf.size for leaf in order),
             tuple(tuple(number[leaf] for leaf in axis) for axis in groups),
-            tuple(tuple(number[leaf] for leaf in axis) for axis in axes),
+            tuple(tuple(number[leaf] for leaf in axis) for axis in after),
         )
     )
 
@@ -263,7 +271,6 @@ class _Angles:
         batch: Size of the batch.
         positions: Number of positions.
         per_batch: Whether they differ between the sequences of a batch.
-        indices: When they are rows of tables, which ones; batch x positions.
     """
 
     site: _Site
@@ -272,62 +279,70 @@ class _Angles:
     batch: Dim
     positions: Dim
     per_batch: bool
-    indices: ir.Value | None
 
     def inputs(self, builder: Builder, domain: str, source: ir.Value) -> list[ir.Value]:
         """Return the inputs of the operator of a domain."""
-        if self.indices is not None:
-            tables = [self._table(t, builder, whole=True) for t in (self.cos, self.sin)]
-            return [source, self.indices, *tables] if domain else [source, *tables, self.indices]
-        tables = [self._table(t, builder, whole=False) for t in (self.cos, self.sin)]
-        if domain:
-            return [source, self._positions(builder), *tables]
-        return [source, *(self._expanded(t, builder) for t in tables)]
+        cos, sin = (self._table(t, builder) for t in (self.cos, self.sin))
+        if not domain:
+            return [source, *(self._for_each(t, builder) for t in (cos, sin))]
+        if not self.per_batch:  # where the first position is
+            first = self.site.keep(("first",), builder, lambda b: b.ints("position", [0]))
+            return [source, first, cos, sin]
+        rows = self.site.keep(("rows", cos), builder, functools.partial(_rows, cos))
+        return [source, rows, *(self.site.keep(("flat", t), builder, self._flat(t)) for t in (cos, sin))]
 
-    def _table(self, of: Table, builder: Builder, *, whole: bool) -> ir.Value:
-        """Return a table, of two axes unless it depends on the batch."""
+    def _table(self, of: Table, builder: Builder) -> ir.Value:
+        """Return a table: (batch x) positions x pairs."""
         value = self.site.found.cos if of is self.cos else self.site.found.sin
-        key = ("table", value, self.site.found.interleaved, self.site.found.per_pair, whole)
-        return self.site.keep(key, builder, functools.partial(self._make, of, whole))
+        key = ("table", value, self.site.found.interleaved, self.site.found.per_pair)
+        return self.site.keep(key, builder, functools.partial(self._make, of))
 
-    def _make(self, of: Table, whole: bool, builder: Builder) -> ir.Value:
+    def _make(self, of: Table, builder: Builder) -> ir.Value:
         def op(kind: str, *given: Any) -> ir.Value:
             return builder.constant(*given) if kind == "constant" else builder.op(kind, *given)
 
-        inner = of.gathered[0] if whole and of.gathered is not None else of
-        made = inner.make(op)
-        if of.negated is not self.site.found.signed:
-            made = builder.op("Neg", [made])
-        if whole:
-            return made
+        made = of.make(op)
         pairs = of.shape[-1]
         wanted = (self.batch, self.positions, pairs) if self.per_batch else (self.positions, pairs)
         step = None if of.shape == wanted else reshape_step(of.shape, wanted)
         return made if step is None else builder.layout(made, [step])
 
-    def _positions(self, builder: Builder) -> ir.Value:
-        """Return the input position_ids of ONNX Runtime's operator: where the first position is."""
-        return self.site.keep(("first",), builder, lambda b: b.ints("position", [0]))
-
-    def _expanded(self, cache: ir.Value, builder: Builder) -> ir.Value:
+    def _for_each(self, cache: ir.Value, builder: Builder) -> ir.Value:
         """Return a table for every sequence of the batch, as the standard operator wants it."""
-        if self.per_batch or self.batch == 1:
-            return cache if self.per_batch else self.site.keep(("unsqueezed", cache), builder, self._front(cache))
+        if self.per_batch:
+            return cache
 
         def make(builder: Builder) -> ir.Value:
+            if self.batch == 1:
+                return builder.layout(cache, [Step("Unsqueeze", (0,), ())])
             batch = builder.ints("batch", [self.batch]) if isinstance(self.batch, int) else self._batch(builder)
             shape = builder.op("Concat", [batch, builder.ints("ones", [1, 1])], {"axis": 0})
             return builder.op("Expand", [cache, shape])
 
         return self.site.keep(("expanded", cache), builder, make)
 
-    def _front(self, cache: ir.Value) -> Any:
-        return lambda builder: builder.layout(cache, [Step("Unsqueeze", (0,), ())])
-
     def _batch(self, builder: Builder) -> ir.Value:
         there = measured(self.batch, [self.site.found.x], self.site.scope.graph, self.site.shapes)
         assert there is not None, "the batch is an axis of x"
         return builder.size(*there)
+
+    def _flat(self, cache: ir.Value) -> Callable[[Builder], ir.Value]:
+        """Return what makes one table of those of all sequences."""
+        return lambda builder: builder.op("Reshape", [cache, builder.ints("shape", [-1, self._pairs])])
+
+    @property
+    def _pairs(self) -> int:
+        pairs = self.cos.shape[-1]
+        assert isinstance(pairs, int)
+        return pairs
+
+
+def _rows(cache: ir.Value, builder: Builder) -> ir.Value:
+    """Return for each sequence the rows of its positions in the table of all sequences."""
+    sizes = builder.op("Concat", [builder.size(cache, 0), builder.size(cache, 1)], {"axis": 0})
+    zero, one = builder.constant("zero", np.array(0, np.int64)), builder.constant("one", np.array(1, np.int64))
+    total = builder.op("ReduceProd", [sizes], {"keepdims": 0})
+    return builder.op("Reshape", [builder.op("Range", [zero, total, one]), sizes])
 
 
 def _angles(site: _Site, placed: _Placed) -> _Angles | str:
@@ -337,32 +352,18 @@ def _angles(site: _Site, placed: _Placed) -> _Angles | str:
     else:
         cos = table(found.cos, shapes, interleaved=found.interleaved)
         sin = table(found.sin, shapes, interleaved=found.interleaved)
-    if cos is None or sin is None or cos.negated or cos.shape != sin.shape or (sin.negated and not found.signed):
+    if cos is None or sin is None or cos.negated or sin.negated is not found.signed or cos.shape != sin.shape:
         return "it is not known that both features of a pair are rotated by the same angle"
-    if found.signed and not sin.negated:
-        return "it is not known that both features of a pair are rotated by the same angle"
-    sizes = [d for d in cos.shape if d != 1]
-    per_batch = len(sizes) == 3
-    if sizes not in ([placed.positions, cos.shape[-1]], [placed.batch, placed.positions, cos.shape[-1]]):
+    pairs = cos.shape[-1]
+    sizes = [d for d in cos.shape[:-1] if d != 1]
+    if sizes not in ([placed.positions], [placed.batch, placed.positions]) or pairs == 1:
         return "the angles have other axes than positions and pairs"
-    indices = _indices(cos, sin, placed, shapes)
-    if per_batch and indices is None and site.scope.opset < ROTARY_OPSET:
-        return "the angles differ between the sequences of a batch"
-    return _Angles(site, cos, sin, placed.batch, placed.positions, per_batch, indices)
+    return _Angles(site, cos, sin, placed.batch, placed.positions, len(sizes) == 2)
 
 
 def _given(value: ir.Value, shapes: Shapes) -> Table | None:
     shape = shapes.of(value)
     return None if shape is None else Table(shape, False, lambda op: value)
-
-
-def _indices(cos: Table, sin: Table, placed: _Placed, shapes: Shapes) -> ir.Value | None:
-    """Return the indices, batch x positions, by which both tables are gathered."""
-    if cos.gathered is None or sin.gathered is None or cos.gathered[1] is not sin.gathered[1]:
-        return None
-    indices = cos.gathered[1]
-    fits = shapes.of(indices) == (placed.batch, placed.positions) and shapes.dtype(indices) == ir.DataType.INT64
-    return indices if fits and cos.gathered[0].shape == sin.gathered[0].shape else None
 
 
 # Plain operators ---------------------------------------------------------------------------------------
@@ -375,7 +376,8 @@ def _without_minus(site: _Site) -> Found | None:
     if found.per_pair or found.signed or found.interleaved or not last or not isinstance(last[-1], int):
         return None
     turned = _turned(found, site.node)
-    if turned is None:
+    rank = site.shapes.rank(found.x)
+    if turned is None or rank is None:
         return None
     second, first = turned
     half = last[-1] // 2
@@ -387,7 +389,7 @@ def _without_minus(site: _Site) -> Found | None:
 
     def build(builder: Builder) -> ir.Value:
         sin = site.keep(("signed", found.sin), builder, signed)
-        swapped = builder.op("Concat", [second, first], {"axis": -1})
+        swapped = builder.op("Concat", [second, first], {"axis": rank - 1})
         rotated = builder.op("Mul", [swapped, sin])
         return builder.op("Add", [builder.op("Mul", [found.x, found.cos]), rotated])
 

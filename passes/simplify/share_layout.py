@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.layout import Rearrangement, Step, is_layout, plan, rearrangement
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.sharing import Sharing, branch, share
@@ -40,7 +41,8 @@ class ShareLayout(GraphPass):
     """Rearrange a tensor once instead of each of the parts it is split into.
 
     Where the parts of a Split are reshaped and transposed alike, as the heads of query, key and value are, that is
-    done in front of the Split. Where Slices, or one Gather per element, take all of an axis, a Split takes their place.
+    done in front of the Split. Where Slices, elements of a sequence, or one Gather per element, take all of an axis,
+    a Split takes their place.
     """
 
     name: ClassVar[str] = "share-layout"
@@ -54,10 +56,10 @@ class ShareLayout(GraphPass):
             order = functools.cache(lambda graph=scope.graph: {node: i for i, node in enumerate(graph)})
             for node in scope.graph:
                 for found in _plans(node, scope, ctx.shapes, order):
-                    site = Site(self.name, scope.path, first_output(node))
                     if isinstance(found, str):
-                        yield Refusal(site, found)
+                        yield Refusal(Site(self.name, scope.path, first_output(node)), found)
                     else:
+                        site = Site(self.name, scope.path, found.parts[0].name or "")
                         yield Edit(site, found.summary, functools.partial(found.apply, scope, names))
 
 
@@ -98,6 +100,8 @@ _Order = Callable[[], dict[ir.Node, int]]
 def _plans(node: ir.Node, scope: Scope, shapes: Shapes, order: _Order) -> Iterator[_Plan | str]:
     if is_op(node, "Split"):
         found = _split(node, shapes)
+    elif is_op(node, "SplitToSequence"):
+        found = _sequence(node, shapes)
     elif is_layout(node):
         found = _gathers(node, shapes)
     else:
@@ -186,6 +190,46 @@ def _chain_to(last: ir.Node) -> list[ir.Node]:
             break
         chain.append(before)
     return chain[::-1]
+
+
+# One element of a sequence per part ---------------------------------------------------------------------------
+
+
+def _sequence(node: ir.Node, shapes: Shapes) -> _Plan | str | None:
+    """Look at a sequence of parts whose elements are taken one by one."""
+    source, value = node.inputs[0], node.outputs[0]
+    shape = shapes.of(source) if source is not None else None
+    users = [use.node for use in value.uses()]
+    if source is None or shape is None or not users or has_references(node) or value.is_graph_output():
+        return None
+    if any(not is_op(u, "SequenceAt") or u.graph is not node.graph for u in users):
+        return "the sequence is used as such"
+    axis = attribute(node, "axis", 0) % len(shape)
+    sizes = _sizes(node, shape[axis])
+    if sizes is None or len(sizes) > _MOST_PARTS:
+        return "the sizes of the parts are not known, or they are too many"
+    picked: dict[int, ir.Node] = {}
+    for user in users:
+        index = constant_ints(user.inputs[1])
+        if index is None or len(index) != 1:
+            return "which part is taken is not known"
+        picked[index[0] % len(sizes)] = user
+    if len(picked) != len(users) or len(picked) != len(sizes):
+        return "not every part is taken once"
+    sharing = Sharing((), axis, sizes, ((),) * len(sizes))
+    return _Plan(source, sharing, tuple(picked[i].outputs[0] for i in range(len(sizes))), node)
+
+
+def _sizes(node: ir.Node, size: Dim) -> tuple[int, ...] | None:
+    """Return the sizes of the parts of a sequence that keeps its axes."""
+    given = node.inputs[1] if len(node.inputs) > 1 else None
+    known = constant_ints(given)
+    if given is None or known is None or not isinstance(size, int) or given.shape is None:
+        return None
+    if len(given.shape):
+        return known if sum(known) == size else None
+    step = known[0]
+    return tuple(min(step, size - start) for start in range(0, size, step)) if step > 0 else None
 
 
 # One Slice per part -------------------------------------------------------------------------------------------

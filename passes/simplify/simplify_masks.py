@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
@@ -11,17 +12,19 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.algebra import summands
+from onnxopt.analysis.attention import is_over_last_axis
 from onnxopt.analysis.bounds import Bounds, bounds
 from onnxopt.analysis.dims import Dim, broadcast
 from onnxopt.analysis.grids import Grid, grid, some_true_in_row, truth
 from onnxopt.analysis.layout import Axis, Rearrangement, is_layout, plan, rearrangement
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
-from onnxopt.graph import Scope, attribute, constant_scalar, is_op
+from onnxopt.graph import Scope, attribute, constant_array, constant_scalar, is_op
 from onnxopt.rewrite import Answer, Builder, Found, Refused, Rule, Same, rewrite
 
 _MAX_DEPTH = 8
 """Masks are followed this deep."""
+_MAX_CONSTANT = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -276,7 +279,7 @@ def _guard(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     softmax = weights.producer()
     if softmax is None or not is_op(softmax, "Softmax") or constant_scalar(zero) != 0:
         return None
-    reason = may_be_nan(softmax, ctx.shapes)
+    reason = may_be_nan(softmax, ctx.shapes, scope.opset)
     if reason is not None:
         return Refused(reason)
     if not ctx.shapes.same_shape(node.outputs[0], weights):
@@ -284,14 +287,13 @@ def _guard(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
     return Same(node.outputs[0], weights, "no row of the softmax can be masked in full")
 
 
-def may_be_nan(softmax: ir.Node, shapes: Shapes) -> str | None:
+def may_be_nan(softmax: ir.Node, shapes: Shapes, opset: int) -> str | None:
     """Return why a softmax over scores may give NaN though the scores are finite, or None."""
     scores = softmax.inputs[0]
-    rank = shapes.rank(scores) if scores is not None else None
-    if scores is None or rank is None or attribute(softmax, "axis", -1) not in (-1, rank - 1):
+    if scores is None or not is_over_last_axis(softmax, shapes, opset):
         return "the softmax is not over the last axis"
     total = summands(scores, shapes)
-    masks = [t.value for t in total.terms if not _is_score(t.value)]
+    masks = [t.value for t in total.terms if not _is_score(t.value, shapes)]
     if len(masks) == len(total.terms):
         return "it is not known that what is put into the softmax is finite"
     unsafe = [m for m in masks if not _never_all_infinite(m, shapes)]
@@ -301,21 +303,37 @@ def may_be_nan(softmax: ir.Node, shapes: Shapes) -> str | None:
     return "a row may be masked in full with -infinity, which gives NaN, and the guard makes that 0"
 
 
-def _is_score(value: ir.Value) -> bool:
-    """Whether a value is a scaled product of matrices."""
+def _is_score(value: ir.Value, shapes: Shapes) -> bool:
+    """Whether a value is a scaled product of matrices, perhaps with a number where a condition does not hold."""
     for _ in range(_MAX_DEPTH):
         node = value.producer()
         if node is None:
             return False
         if is_op(node, "MatMul", "Einsum", "Gemm"):
             return True
-        if not is_op(node, "Mul", "Div", "Reshape", "Transpose", "Cast", "Identity", "Tanh"):
+        if is_op(node, "Where"):
+            source = _where_kept(node, shapes)
+        elif is_op(node, "Mul", "Div", "Reshape", "Transpose", "Cast", "Identity", "Tanh"):
+            source = next((v for v in node.inputs if v is not None and constant_scalar(v) is None), None)
+        else:
             return False
-        source = next((v for v in node.inputs if v is not None and constant_scalar(v) is None), None)
         if source is None:
             return False
         value = source
     return False
+
+
+def _where_kept(node: ir.Node, shapes: Shapes) -> ir.Value | None:
+    """Return what a Where picks from besides a number, unless whole rows may become -infinity."""
+    condition, yes, no = node.inputs
+    for source, other in ((yes, no), (no, yes)):
+        fill = constant_scalar(other)
+        if fill is None or math.isnan(fill) or fill == math.inf:
+            continue
+        kept = condition is not None and source is yes and some_true_in_row(condition, shapes)
+        whole = condition is not None and (shapes.of(condition) or ())[-1:] == (shapes.of(node.outputs[0]) or ())[-1:]
+        return source if math.isfinite(fill) or (kept and whole) else None
+    return None
 
 
 def _never_all_infinite(mask: ir.Value, shapes: Shapes) -> bool:
@@ -325,6 +343,9 @@ def _never_all_infinite(mask: ir.Value, shapes: Shapes) -> bool:
         return False
     if known.finite:
         return True
+    array = constant_array(mask, max_bytes=_MAX_CONSTANT)
+    if array is not None:
+        return array.ndim > 0 and bool(np.isfinite(array.max(axis=-1)).all())
     node = mask.producer()
     if node is None or not is_op(node, "Where") or not all(v is not None for v in node.inputs):
         return False
