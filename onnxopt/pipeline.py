@@ -39,6 +39,7 @@ class Recipe:
 
 _LOSSLESS = ",".join(
     (
+        # what is known is settled first, so that fusions see through it
         "inline-functions",
         "inline-branches",
         "unroll-loops",
@@ -50,15 +51,28 @@ _LOSSLESS = ",".join(
         "merge-chains",
         "merge-concats",
         "drop-unused-outputs",
+        # spelled-out functions, then linear layers, which take their scales and biases in
+        "fuse-exponentials",
+        "fuse-activations",
         "fuse-gelu",
         "fuse-normalization",
+        "unflatten-linear",
+        "fuse-batch-norm",
+        "fuse-conv-bn",
+        "fuse-pad",
+        "fuse-linear",
+        "merge-consecutive-linear",
+        # attention: masks and rotary embeddings before it, shared head splitting where it stays in parts
         "simplify-masks",
+        "fuse-rotary",
+        "merge-parallel-linear",
+        "fuse-attention",
+        "share-layout",
+        "sum-residuals",
+        "fuse-conv-add",
         "remove-dead-code",
         "deduplicate-initializers",
         "merge-common-subexpressions",
-        "fuse-batch-norm",
-        "fuse-conv-bn",
-        "remove-dead-code",
     )
 )
 
