@@ -75,6 +75,8 @@ class Difference:
         exceeded: Whether any element differs by more than was allowed.
         dot: Sum of the products of all finite pairs.
         norms: Sums of the squares of the reference and the other side, over the same pairs.
+        elements: How many elements were compared.
+        nonfinite: How many of them are NaN or infinite on a side; only counted for floating-point elements.
     """
 
     kind: Kind
@@ -86,6 +88,7 @@ class Difference:
     dot: float = 0.0
     norms: tuple[float, float] = (0.0, 0.0)
     elements: int = 0
+    nonfinite: int = 0
 
     @property
     def cosine(self) -> float | None:
@@ -112,6 +115,7 @@ class Difference:
             dot=self.dot + later.dot,
             norms=(self.norms[0] + later.norms[0], self.norms[1] + later.norms[1]),
             elements=elements,
+            nonfinite=self.nonfinite + later.nonfinite,
         )
 
 
@@ -321,6 +325,7 @@ def _float_chunk(reference: np.ndarray, other: np.ndarray, allowed: float) -> Di
         dot=dot,
         norms=norms,
         elements=size,
+        nonfinite=size - int(np.count_nonzero(finite)),
     )
 
 

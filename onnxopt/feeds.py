@@ -103,9 +103,12 @@ def generate_runnable(
         return [feed for feed, ran in zip(modest, runs, strict=True) if ran]
     hinted = itertools.islice(generator.hinted(str(failures[0])), _MOST_HINTS)
     for sizes in itertools.chain(hinted, itertools.islice(generator.alternatives(), _MOST_TRIES)):
-        if _runs(run, generator.feed(0, sizes), failures):
-            feeds = [generator.feed(i, sizes) for i in range(sets)]
-            return [feed for i, feed in enumerate(feeds) if i == 0 or _runs(run, feed, failures)]
+        feeds = [generator.feed(0, sizes)]
+        if _runs(run, feeds[0], failures):
+            for index in range(1, sets):
+                candidates = (generator.feed(index, generator.like(sizes, index)), generator.feed(index, sizes))
+                feeds += itertools.islice((feed for feed in candidates if _runs(run, feed, failures)), 1)
+            return feeds
     raise DataError(_advice(model, generator.axes, failures[0]))
 
 
@@ -141,6 +144,12 @@ class _Generator:
 
     def sizes(self, index: int, choice: Mapping[Kind, tuple[int, ...]] = SIZES) -> dict[str, int]:
         return self.axes.choose(index, self._overrides, choice)
+
+    def like(self, sizes: Mapping[str, int], index: int) -> dict[str, int]:
+        """Return the usual sizes of a set, but for those axes of `sizes` that differ from the usual ones."""
+        usual = self.sizes(0)
+        changed = {name: size for name, size in sizes.items() if size != usual[name]}
+        return self.axes.choose(index, self._overrides | changed)
 
     def feed(self, index: int, sizes: Mapping[str, int] | None = None) -> Feed:
         chosen = self.sizes(index) if sizes is None else sizes

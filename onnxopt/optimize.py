@@ -82,7 +82,7 @@ def optimize(
         passes: A pipeline string such as "fuse-conv-bn,prune-weights{ratio=0.5}", instead of a recipe.
         target: "portable" emits standard ops of the model's own opset; "cpu" and "cuda" may also emit ops that ONNX
             Runtime has kernels for on that provider.
-        opset: Raise the standard operator set to this version first; verified like an edit.
+        opset: Convert the standard operator set to this version first; verified like an edit.
         data: Real inputs (see `onnxopt.feeds.load_data` for the forms) instead of generated ones.
         verify: Compare outputs in ONNX Runtime; edits that fail are dropped.
         measure: Compare latencies; passes that make the model slower are dropped.
@@ -162,6 +162,7 @@ def optimize(
             metric=task_metric,
             notes=_notes(outcome, pipeline.passes, bench),
             seconds=tuple(clock.seconds),
+            fixed_axes=tuple((fix_shape or {}).items()),
         ),
     )
 
@@ -342,11 +343,11 @@ class _Bench:
 
 
 def _require_same(bench: _Bench, converted: ir.Model, opset: int | None) -> None:
-    """Raise when raising the opset changed what the model computes."""
+    """Raise when another opset changed what the model computes."""
     verification = bench.same(converted)
     if verification is not None and not verification.ok:
         raise VerificationError(
-            f"Raising the opset to {opset} changes the model: {verification.reason} Run without --opset."
+            f"Converting the opset to {opset} changes the model: {verification.reason} Run without --opset."
         )
 
 

@@ -65,6 +65,7 @@ class OutputDeviation:
         tolerance: Allowed value of `relative`.
         ok: Whether the output may be as it is.
         note: What else there is to know, in words.
+        compared: Whether its values were compared; otherwise only type and shape, or it holds no number.
     """
 
     name: str
@@ -76,6 +77,7 @@ class OutputDeviation:
     tolerance: float
     ok: bool
     note: str = ""
+    compared: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,6 +103,16 @@ class Verification:
     worst: float
     shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
     notes: tuple[str, ...] = ()
+
+    @property
+    def extent(self) -> str:
+        """How far the outputs were found equal, in words, for when nothing deviates."""
+        compared = sum(output.compared for output in self.outputs)
+        if compared == len(self.outputs):
+            return "outputs are equal"
+        if compared == 0:
+            return "no values could be compared, only types and shapes"
+        return f"values of {compared} of {len(self.outputs)} outputs could be compared and are equal"
 
 
 def verify(
@@ -447,6 +459,7 @@ class _Tally:
         self._found = Difference("empty")
         self._failed = False
         self._notes: dict[str, None] = {}
+        self._compared = True
 
     @property
     def allowed(self) -> float:
@@ -463,6 +476,7 @@ class _Tally:
 
     def add_layout(self, reference: Any, other: Any, why: str, *, same_shape: bool = True) -> None:
         """Compare type and shape alone, and note why."""
+        self._compared = False
         self._notes[f"{why}; only type{' and shape' if same_shape else ''} can be compared"] = None
         if same_shape:
             self.add(difference(blank(reference), blank(other)))
@@ -503,6 +517,10 @@ class _Tally:
     def deviation(self) -> OutputDeviation:
         """Everything that was found."""
         found = self._found
+        notes = list(self._notes)
+        numberless = self._compared and 0 < found.elements == found.nonfinite and not found.broken
+        if numberless:
+            notes.append("holds nothing but NaN and infinity, so there was no number to compare")
         return OutputDeviation(
             name=self.name,
             kind=found.kind,
@@ -512,7 +530,8 @@ class _Tally:
             first_index=found.first,
             tolerance=self._tolerance,
             ok=self.ok,
-            note="; ".join(self._notes),
+            note="; ".join(notes),
+            compared=self._compared and not numberless,
         )
 
     @property

@@ -295,6 +295,15 @@ def test_bound_feeds_run() -> None:
         binding.run()
 
 
+@pytest.mark.parametrize("declared", ["float[1, N]", "float[2, 3, 5]", "float[N, M, K]", "float"])
+def test_bound_feeds_run_again_where_an_output_is_declared_wrongly(declared: str) -> None:
+    model = parse(f"g (float[2, 3, 4] x) => ({declared} y, float[2, 3, 4] z) {{ y = Neg(x) z = Exp(x) }}")
+    with open_session(model, optimized=True) as session:
+        binding = session.bind({"x": np.ones((2, 3, 4), np.float32)})
+        for _ in range(3):
+            binding.run()
+
+
 def test_a_bound_feed_that_fails_says_why() -> None:
     model = parse("g (float[N] x, float[M] y) => (float[K] z) { [sum] z = Add(x, y) }")
     with open_session(model, optimized=False) as session:

@@ -225,6 +225,7 @@ def test_integers_that_do_not_fit_are_refused_when_they_are_read(tmp_path: Path)
         ),
         ({"image": np.zeros((3, 1, 2, 3))}, r"shape \[3, 1, 2, 3\] does not fit"),
         ({"0000/image": np.zeros((1, 3, 2, 2))}, r"key 0000/image: an array of shape \[1, 3, 2, 2\] does not fit"),
+        ({"image": np.zeros((0, 1, 2, 2))}, r"key image: an array of shape \[0, 1, 2, 2\] holds no samples"),
         ({}, "holds no arrays"),
     ],
 )

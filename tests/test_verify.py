@@ -145,6 +145,24 @@ def test_nan_and_infinity_of_the_original_may_stay() -> None:
     assert found.worst == 0.0
 
 
+def test_an_output_without_a_number_is_noted() -> None:
+    root = model("y = Sqrt(x)")
+    found = check(root, model("a = Identity(x) y = Sqrt(a)"), feeds=[{"x": np.full((2, 4), -1, np.float32)}])
+    assert found.ok
+    assert found.outputs[0].note == "holds nothing but NaN and infinity, so there was no number to compare"
+    assert found.extent == "no values could be compared, only types and shapes"
+    found = check(root, root, feeds=[{"x": np.array([[-1, 4, -1, -1]], np.float32)}])
+    assert found.outputs[0].note == ""
+    assert found.extent == "outputs are equal"
+
+
+def test_what_a_random_operator_made_is_not_called_equal() -> None:
+    root = model("y = RandomNormalLike(x) z = Neg(x)", outputs="float[N, 4] y, float[N, 4] z")
+    found = check(root, root, feeds=[{"x": np.ones((2, 4), np.float32)}])
+    assert [output.compared for output in found.outputs] == [False, True]
+    assert found.extent == "values of 1 of 2 outputs could be compared and are equal"
+
+
 @pytest.mark.parametrize(
     ("candidate", "reason"),
     [

@@ -45,7 +45,7 @@ found something (OUT is not written); 2 usage, unreadable input or unwritable ou
     "--opset",
     metavar="N",
     type=click.IntRange(min=1),
-    help="Raise the standard operator set to this version first.",
+    help="Convert the standard operator set to this version first; a lower one works for few models.",
 )
 @options.max_error_option(
     "Budget: the worst deviation of any output, as a fraction of the output's range; inf for no limit."

@@ -70,11 +70,7 @@ def _render(found: Verification, source: str, console: Console, *, verbose: bool
     from onnxopt.report.words import deviation, sentence
 
     if found.ok:
-        how = (
-            "outputs are equal"
-            if found.worst == 0
-            else f"worst deviation {deviation(found.worst)} of the output's range"
-        )
+        how = found.extent if found.worst == 0 else f"worst deviation {deviation(found.worst)} of the output's range"
         console.print(Text(f"Verified: {how}.", style="bold green"))
     else:
         console.print(Text(f"Differs: {sentence(found.reason)}", style="bold red"))

@@ -80,6 +80,7 @@ class Report:
         metric: The task metric before and after; None when none was asked for.
         notes: Sentences a user should know.
         seconds: Wall time of each stage, in order.
+        fixed_axes: Dynamic axes that were given a fixed size, as asked for.
     """
 
     schema_version: int
@@ -102,6 +103,7 @@ class Report:
     metric: MetricResult | None
     notes: tuple[str, ...]
     seconds: tuple[tuple[str, float], ...]
+    fixed_axes: tuple[tuple[str, int], ...] = ()
 
     @property
     def applied(self) -> int:

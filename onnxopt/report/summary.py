@@ -47,8 +47,13 @@ def headline(report: Report) -> str:
 def headline_parts(report: Report) -> list[str]:
     """Return the headline in parts that are better not broken over lines."""
     before, after = report.before, report.after
-    if report.applied:
+    asked = [f"{words.printable(axis)} fixed to {size}" for axis, size in report.fixed_axes]
+    if report.opset[0] != report.opset[1]:
+        asked.append(f"opset {report.opset[0]} -> {report.opset[1]}")
+    if report.applied or asked:
         nodes = f"{before.nodes:,} -> {words.count(after.nodes, 'node')}"
+        # what the passes found is the news; what was asked for is, where they found nothing
+        nodes = nodes if report.applied else ", ".join([*asked, nodes])
         size = words.sizes(before.bytes, after.bytes)
     else:
         nodes = f"nothing to change, {words.count(before.nodes, 'node')}"
@@ -70,7 +75,7 @@ def _verified(report: Report) -> str:
     if not verification.ok:
         return "FAILED VERIFICATION"
     if verification.worst == 0:
-        return "verified (outputs are equal)"
+        return f"verified ({verification.extent})"
     return f"verified (worst deviation {words.deviation(verification.worst)} of the output's range)"
 
 
@@ -110,7 +115,7 @@ def rows(report: Report) -> list[Row]:
     ]
     if report.verification is not None:
         worst = report.verification.worst
-        meaning = "of the output's range" if worst else "outputs are equal"
+        meaning = "of the output's range" if worst else report.verification.extent
         found.append(Row("Worst deviation", "-", words.deviation(worst), meaning))
     if report.measurement is not None:
         found.extend(time_rows(report.measurement))
@@ -118,6 +123,8 @@ def rows(report: Report) -> list[Row]:
         found.append(_metric_row(report.metric))
     if report.opset[0] != report.opset[1]:
         found.append(Row("Opset", str(report.opset[0]), str(report.opset[1]), ""))
+    for axis, size in report.fixed_axes:
+        found.append(Row(f"Axis {words.printable(axis)}", "dynamic", str(size), "fixed"))
     return found
 
 

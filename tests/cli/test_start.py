@@ -3,8 +3,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import click
+import onnx
 import pytest
 from click.testing import CliRunner
 
@@ -13,6 +15,7 @@ from onnxopt import cli
 from onnxopt.cli import EXIT_INTERNAL, LazyGroup
 from onnxopt.errors import ModelError, VerificationError
 
+FULL = Path("/dev/full")
 HEAVY = ("numpy", "onnx", "onnx_ir", "onnxruntime", "onnxscript", "rich", "torch")
 
 
@@ -107,6 +110,7 @@ def raising(error: BaseException) -> LazyGroup:
             r"Error: Cannot read m.onnx: it is\x1b[2J short.",
         ),
         (VerificationError("It differs."), 1, "Error: It differs."),
+        (OSError(28, "No space left on device"), 2, "Error: The output cannot be written: No space left on device."),
         (MemoryError(), 2, "Error: There is not enough memory for this model on this machine."),
         (KeyboardInterrupt(), 130, "\nInterrupted; nothing was written."),
     ],
@@ -144,6 +148,31 @@ def test_a_closed_pipe_is_no_error() -> None:
         check=False,
     )
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-", "<&-"])
+def test_closed_streams_are_no_error(closed: str, model: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.onnx"
+    done = subprocess.run(
+        f'"{sys.executable}" -m onnxopt optimize "{model}" -o "{output}" --no-measure {closed}',
+        shell=True,
+        executable="/bin/bash",
+        check=False,
+    )
+    assert done.returncode == 0
+    assert onnx.load(output).graph.node
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no device that is always full")
+@pytest.mark.parametrize("stderr", [subprocess.PIPE, None])
+def test_results_that_cannot_be_written_are_no_defect(stderr: int | None) -> None:
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "onnxopt", "passes"], stdout=full, stderr=stderr or full, text=True, check=False
+        )
+    assert done.returncode == 2
+    if stderr:
+        assert done.stderr == "Error: The output cannot be written: No space left on device.\n"
 
 
 def test_the_completion_script_is_offered() -> None:

@@ -179,6 +179,21 @@ def test_nothing_to_change(make: Make, report: Report) -> None:
     assert text.startswith("encoder.onnx: nothing to change, 1,234 nodes, 1.85 MB,")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"opset": (24, 21)}, "opset 24 -> 21"),
+        ({"fixed_axes": (("batch", 1), ("x:2", 8))}, "batch fixed to 1, x:2 fixed to 8"),
+        ({"opset": (24, 21), "fixed_axes": (("batch", 1),)}, "batch fixed to 1, opset 24 -> 21"),
+    ],
+)
+def test_what_was_asked_for_is_a_change(change: dict[str, Any], said: str, make: Make, report: Report) -> None:
+    text = flat(to_text(make(passes=(report.passes[1],), slow_passes=(), after=report.before, **change)))
+    assert text.startswith(f"encoder.onnx: {said}, 1,234 -> 1,234 nodes, 1.85 -> 1.85 MB,")
+    if "fixed_axes" in change:
+        assert "Axis batch dynamic 1 fixed" in text
+
+
 def test_opset_is_shown_when_it_changed(make: Make) -> None:
     assert "Opset" not in to_text(make())
     assert "Opset 13 17" in flat(to_text(make(opset=(13, 17))))
