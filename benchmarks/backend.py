@@ -32,7 +32,7 @@ from onnx import numpy_helper
 
 import onnxopt
 from onnxopt import model as models
-from onnxopt import structure
+from onnxopt.compare import structure
 from onnxopt.contract import Target
 from onnxopt.errors import OnnxOptError, RuntimeFailure
 from onnxopt.feeds import Feed

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.axes import SIZES, Axes, Kind
 from onnxopt.errors import DataError, RuntimeFailure
 from onnxopt.graph import all_nodes, bodies, scopes
-from onnxopt.roles import Roles
-from onnxopt.samples import Data, Feed, load_data, load_labels
+from onnxopt.inputs.axes import SIZES, Axes, Kind
+from onnxopt.inputs.roles import Roles
+from onnxopt.inputs.samples import Data, Feed, load_data, load_labels
 
 __all__ = ["Data", "Feed", "generate", "generate_runnable", "load_data", "load_labels"]
 

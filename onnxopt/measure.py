@@ -21,11 +21,11 @@ import onnx_ir as ir
 
 from onnxopt import feeds as feeding
 from onnxopt import model as models
-from onnxopt import stopwatch
 from onnxopt.contract import Progress, Silent
 from onnxopt.feeds import Feed
-from onnxopt.memory import peak_mb
 from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.timing import stopwatch
+from onnxopt.timing.memory import peak_mb
 
 LOADING_SHARE = 0.3
 """At most this share of the time is spent on loading sessions again and again."""
@@ -49,7 +49,7 @@ class Measurement:
 
     Attributes:
         ratio: Time of the candidate by time of the baseline; below 1 the candidate is faster. The median of the
-            rounds, each of which compares the fastest runs (`onnxopt.stopwatch` says why).
+            rounds, each of which compares the fastest runs (`onnxopt.timing.stopwatch` says why).
         low: Lower end of the 95% confidence interval of the ratio.
         high: Upper end.
         verdict: "faster" or "slower" when the interval leaves out 1, else "no difference shown".

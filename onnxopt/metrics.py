@@ -33,7 +33,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt import model as models
-from onnxopt.deviation import kind_of, nbytes
+from onnxopt.compare.deviation import kind_of, nbytes
 from onnxopt.errors import DataError, UsageError
 from onnxopt.feeds import Data, Feed
 from onnxopt.registry import nearest

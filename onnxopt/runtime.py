@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt import diagnosis, handover, ortvalues
 from onnxopt.errors import RuntimeFailure, UsageError
 from onnxopt.graph import all_nodes
 from onnxopt.registry import nearest
+from onnxopt.session import diagnosis, handover, ortvalues
 
 CPU = "CPUExecutionProvider"
 

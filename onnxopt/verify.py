@@ -1,9 +1,9 @@
 """Does a model compute what another computes? Structure first, then the outputs of both in ONNX Runtime.
 
 Exact results are compared with the runtime's own optimizations off on both sides, so that only the edits differ,
-against a tolerance derived from types and depth (`onnxopt.tolerance`) that is never below what the original itself
-differs by between optimizations off and on. Lossy results are compared as they will run. Deviations are given
-relative to the range of the reference output, over all feeds.
+against a tolerance derived from types and depth (`onnxopt.compare.tolerance`) that is never below what the
+original itself differs by between optimizations off and on. Lossy results are compared as they will run.
+Deviations are given relative to the range of the reference output, over all feeds.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import onnx_ir as ir
 
 from onnxopt import feeds as feeding
 from onnxopt import model as models
-from onnxopt import structure, ties
+from onnxopt.compare import structure, ties
+from onnxopt.compare.deviation import Difference, Extent, Kind, blank, difference, differing, extent, nbytes
+from onnxopt.compare.tolerance import Rounding, roundings
+from onnxopt.compare.yardstick import Mode, Original, Outputs, Ruler, make_ruler
 from onnxopt.contract import Guarantee
-from onnxopt.deviation import Difference, Extent, Kind, blank, difference, differing, extent, nbytes
 from onnxopt.errors import DataError, OnnxOptError, RuntimeFailure, UsageError
 from onnxopt.feeds import Data, Feed
 from onnxopt.runtime import RunOptions, open_session
-from onnxopt.tolerance import Rounding, roundings
-from onnxopt.yardstick import Mode, Original, Outputs, Ruler, make_ruler
 
 EXACT_FEEDS = 8
 """An exact comparison needs no more feeds than this; the rest is not run."""

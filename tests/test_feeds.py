@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from onnxopt.errors import DataError, RuntimeFailure, UsageError
 from onnxopt.feeds import Feed, generate, generate_runnable
-from onnxopt.roles import valid_lengths, valid_mask
+from onnxopt.inputs.roles import valid_lengths, valid_mask
 from onnxopt.runtime import open_session
 
 

@@ -12,7 +12,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxopt import runtime, yardstick
+from onnxopt import runtime
+from onnxopt.compare import yardstick
 from onnxopt.contract import Guarantee
 from onnxopt.errors import DataError, RuntimeFailure, UsageError
 from onnxopt.verify import Verification, Verifier

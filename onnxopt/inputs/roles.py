@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt import parameters
-from onnxopt.axes import Axes, Axis, Kind, words
-from onnxopt.consumers import bounded, first_uses, index_bounds
 from onnxopt.errors import DataError
 from onnxopt.graph import attribute, is_op
+from onnxopt.inputs import parameters
+from onnxopt.inputs.axes import Axes, Axis, Kind, words
+from onnxopt.inputs.consumers import bounded, first_uses, index_bounds
 
 _VOCABULARY = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "1", "2.5", "")
 _SEQUENCE_LENGTH = 2

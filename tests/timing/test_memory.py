@@ -9,9 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxopt import memory
-from onnxopt.memory import peak_mb
 from onnxopt.runtime import RunOptions
+from onnxopt.timing import memory
+from onnxopt.timing.memory import peak_mb
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process its peak")
 

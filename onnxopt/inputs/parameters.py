@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.consumers import shape_of
 from onnxopt.graph import attribute, constant_ints
+from onnxopt.inputs.consumers import shape_of
 
 Number = int | float | bool
 Answer = Sequence[Number] | Number | None

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxopt import ties
+from onnxopt.compare import ties
 
 
 def model(body: str, output: str = "int64[N] y") -> ir.Model:

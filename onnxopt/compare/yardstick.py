@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.deviation import Difference, Extent, blank, difference, differing, extent, nbytes
+from onnxopt.compare.deviation import Difference, Extent, blank, difference, differing, extent, nbytes
+from onnxopt.compare.tolerance import Rounding
 from onnxopt.errors import RuntimeFailure
 from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions, Session, open_session
-from onnxopt.tolerance import Rounding
 
 SPREAD_FACTOR = 3.0
 """An exact result may differ by this many times what the original differs by between optimizations off and on."""

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onnxopt.axes import Axes, Kind, evaluate, words
 from onnxopt.errors import DataError, UsageError
+from onnxopt.inputs.axes import Axes, Kind, evaluate, words
 
 
 def value(name: str, shape: list[int | str | None] | None, dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:

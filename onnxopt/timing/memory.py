@@ -53,7 +53,7 @@ def peak_mb(model: Path | ir.Model, feed: Feed, options: RunOptions) -> float | 
 def _ask_child(path: Path, feed: Feed, options: RunOptions) -> float | None:
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "onnxopt.memory"],
+            [sys.executable, "-m", "onnxopt.timing.memory"],
             input=pickle.dumps((path.absolute(), feed, options)),
             capture_output=True,
             timeout=_TIMEOUT_SECONDS,

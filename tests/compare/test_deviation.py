@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnxopt.deviation import Extent, blank, difference, extent, kind_of, nbytes
+from onnxopt.compare.deviation import Extent, blank, difference, extent, kind_of, nbytes
 
 NAN, INF = math.nan, math.inf
 
@@ -136,7 +136,7 @@ def test_chunks_join_to_one_result(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = rng.standard_normal((7, 11)).astype(np.float32)
     other = reference + rng.standard_normal((7, 11)).astype(np.float32) * 0.1
     whole = difference(reference, other, allowed=0.2)
-    monkeypatch.setattr("onnxopt.deviation._CHUNK", 5)
+    monkeypatch.setattr("onnxopt.compare.deviation._CHUNK", 5)
     parts = difference(reference, other, allowed=0.2)
     assert (parts.max_abs, parts.first, parts.exceeded) == (whole.max_abs, whole.first, whole.exceeded)
     assert parts.cosine == pytest.approx(whole.cosine)

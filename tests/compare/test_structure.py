@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxopt import structure
+from onnxopt.compare import structure
 
 BASE = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[N, 4] x, float[4] bias) => (float[N, 4] y, float[N, 4] z) <float[4] bias = {1, 2, 3, 4}, float[4] w = {1, 1, 1, 1}> {

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxopt import handover
 from onnxopt import model as models
+from onnxopt.session import handover
 
 LARGE = 5000
 

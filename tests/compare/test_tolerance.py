@@ -7,7 +7,7 @@ import math
 import onnx_ir as ir
 import pytest
 
-from onnxopt.tolerance import ITERATIONS, SAFETY, TERMS, Rounding, roundings
+from onnxopt.compare.tolerance import ITERATIONS, SAFETY, TERMS, Rounding, roundings
 
 HALF, SINGLE, DOUBLE = 2.0**-10, 2.0**-23, 2.0**-52
 

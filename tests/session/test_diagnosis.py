@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from onnxopt.diagnosis import missing_kernel, sentence
+from onnxopt.session.diagnosis import missing_kernel, sentence
 
 MESSAGES = [
     (

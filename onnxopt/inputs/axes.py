@@ -17,8 +17,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxopt.consumers import required_sizes
 from onnxopt.errors import DataError, UsageError
+from onnxopt.inputs.consumers import required_sizes
 from onnxopt.registry import nearest
 
 MAX_ELEMENTS = 1 << 28

@@ -19,10 +19,10 @@ from google.protobuf.message import EncodeError
 
 from onnxopt.errors import ModelError, RuntimeFailure
 from onnxopt.graph import bodies, has_references, scopes
-from onnxopt.ortvalues import NATIVE, REINTERPRETED
 from onnxopt.proto.datafile import DataFile
 from onnxopt.proto.encode import encode, encode_node
 from onnxopt.proto.tensors import EmbeddedTensor, ExternalTensor
+from onnxopt.session.ortvalues import NATIVE, REINTERPRETED
 
 EMBED_BELOW = 4096
 """Tensors of fewer bytes go into the proto, where the runtime's shape inference reads shapes and axes."""

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from onnxopt import stopwatch
-from onnxopt.stopwatch import Round, Run, interval, one_round, repetitions, rounds, series, timing
+from onnxopt.timing import stopwatch
+from onnxopt.timing.stopwatch import Round, Run, interval, one_round, repetitions, rounds, series, timing
 
 
 class Time:

@@ -25,8 +25,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.axes import Axes, Axis, Kind
 from onnxopt.errors import DataError
+from onnxopt.inputs.axes import Axes, Axis, Kind
 from onnxopt.registry import nearest
 
 Feed = dict[str, Any]

@@ -1,0 +1,1 @@
+"""What inputs a model takes: sizes of dynamic axes, values by role, and the user's own data."""

@@ -1,0 +1,1 @@
+"""How a model gets into ONNX Runtime and values out of it, and what its messages mean."""

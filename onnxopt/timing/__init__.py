@@ -1,0 +1,1 @@
+"""Statistics of timings, and peak memory."""
