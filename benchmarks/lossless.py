@@ -1,10 +1,11 @@
 """The lossless recipe on real models: nodes saved, nodes executed, size, seconds, memory.
 
-Usage: python benchmarks/lossless.py [FOLDER ...]
+Usage: python benchmarks/lossless.py [--latency] [FOLDER ...]
 
 Looks at every .onnx in the folders (models/ and models/fetched/ by default). "Executed" counts the nodes left after
 ONNX Runtime's own extended optimization of the file: what is really run. Each model is optimized in a process of its
-own, after a warm-up on a tiny model; its outputs are verified in this one.
+own, after a warm-up on a tiny model; its outputs are verified in this one. --latency adds the time of the result by
+that of the original, interleaved, with the runtime's optimizations on.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ def optimized(source: Path, target: str, folder: Path) -> tuple[Path, float, flo
 
 def main() -> None:
     """Print one row per model and target; exit 1 when a result does not verify or has more nodes."""
-    folders = [Path(f) for f in sys.argv[1:]] or [ROOT / "models", ROOT / "models" / "fetched"]
+    latency = "--latency" in sys.argv
+    folders = [Path(f) for f in sys.argv[1:] if f != "--latency"] or [ROOT / "models", ROOT / "models" / "fetched"]
     failed = False
     print(f"{'model':36} {'target':8} {'saved':>13} {'executed':>13} {'bytes':>6} {'s':>6} {'MB':>6} {'deviation':>9}")
     for source in sorted(p for folder in folders for p in folder.glob("*.onnx")):
@@ -83,11 +85,12 @@ def main() -> None:
                 out, seconds, peak = optimized(source, target, folder)
                 after = nodes(out), executed(out, folder)
                 verification = onnxopt.verify(source, out)
+                speed = f" {onnxopt.measure(source, out, memory=False).ratio:6.3f}" if latency else ""
                 growth = out.stat().st_size / source.stat().st_size
             failed |= not verification.ok or after[0] > before[0]
             print(
                 f"{source.stem[:36]:36} {target:8} {before[0]:>5} > {after[0]:<5} {before[1] or '-':>5} > "
-                f"{after[1] or '-':<5} {growth:6.3f} {seconds:6.2f} {peak:6.0f} {verification.worst:9.1e}"
+                f"{after[1] or '-':<5} {growth:6.3f} {seconds:6.2f} {peak:6.0f} {verification.worst:9.1e}{speed}"
                 f"{'' if verification.ok else '  FAILED: ' + verification.reason}",
                 flush=True,
             )
