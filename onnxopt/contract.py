@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -77,6 +77,51 @@ class Evaluate(Protocol):
         """Return one array per output, or None where the runtime has no kernel or rejects the node."""
 
 
+class Observer(Protocol):
+    """Sums up what a value of a model takes on while the model runs, array by array; see `onnxopt.numeric`."""
+
+    def add(self, array: np.ndarray) -> None:
+        """Take in the value of one run. The array must be neither changed nor kept."""
+
+
+class Observe(Protocol):
+    """Runs a model on the calibration data and shows its values to observers."""
+
+    def __call__(self, model: ir.Model, observers: Mapping[str, Sequence[Observer]]) -> None:
+        """Run every calibration sample once, one at a time.
+
+        Args:
+            model: The model as it is now; it is not changed.
+            observers: Name of a value of the main graph (an input or a node's output) -> who looks at it.
+
+        Raises:
+            ValueError: If the main graph computes no value of a name.
+            RuntimeFailure: If the model does not run.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Calibration:
+    """What passes that depend on data may learn it from.
+
+    Attributes:
+        observe: Runs the model on the data.
+        samples: How many samples there are.
+        real: Whether they are the user's own; otherwise they were generated, and the user insisted.
+    """
+
+    observe: Observe
+    samples: int
+    real: bool
+
+
+NEEDS_DATA = (
+    "it needs real inputs to see which values the model computes with; give some with --data, or insist on generated "
+    "ones with --force-calibration"
+)
+"""Why a pass that depends on data is skipped without any."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
     """What a pass may know besides the model.
@@ -88,12 +133,14 @@ class Context:
         evaluate: Computes a node from constants.
         shapes: What is known about the shapes of this model's values. The manager gives every trial its own; it stays
             valid while exact passes edit the model.
+        calibration: Data to run the model on; None without any.
     """
 
     target: Target
     seed: int
     evaluate: Evaluate
     shapes: Shapes
+    calibration: Calibration | None = None
 
 
 class GraphPass:
@@ -106,10 +153,13 @@ class GraphPass:
     Attributes:
         name: What pipelines call it, in kebab-case.
         guarantee: What it promises about the outputs.
+        needs_data: Whether it learns from `Context.calibration`. The user's samples are then divided: some to learn
+            from, the others to judge by.
     """
 
     name: ClassVar[str]
     guarantee: ClassVar[Guarantee]
+    needs_data: ClassVar[bool] = False
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why the pass does not apply to this model, or None. Not applicable is not a failure."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxopt.feeds import Data, Feed
+    from onnxopt.inputs.split import Split
     from onnxopt.runtime import RunOptions
 
 
@@ -37,6 +38,11 @@ class Budget:
     metric: str | None = None
     labels: np.ndarray | None = None
     data: Data | None = None
+
+    def on(self, parts: Split) -> Budget:
+        """Return the same budget, judged by the evaluation samples."""
+        labels = None if self.labels is None else parts.labels(self.labels)
+        return dataclasses.replace(self, data=parts.evaluation, labels=labels)
 
     @property
     def given(self) -> bool:

@@ -17,9 +17,11 @@ from onnxopt import manager, metrics, runtime, slowness
 from onnxopt import model as models
 from onnxopt.analysis.inspect import summary_stats
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
 from onnxopt.contract import TARGETS, Context, GraphPass, Guarantee, Progress, Silent, Target
 from onnxopt.errors import RuntimeFailure, UsageError, VerificationError
 from onnxopt.feeds import Data, Feed
+from onnxopt.inputs.split import split
 from onnxopt.judge import Budget, ModelJudge
 from onnxopt.measure import Measurement
 from onnxopt.measure import measure as measure_models
@@ -71,6 +73,7 @@ def optimize(
     threads: int = 1,
     custom_ops: Sequence[str] = (),
     allow_fallback: bool = False,
+    force_calibration: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Optimize a model, verify it against the original, measure both, and report.
@@ -97,6 +100,7 @@ def optimize(
         threads: Intra-op threads per session.
         custom_ops: Libraries with custom operators to register with ONNX Runtime.
         allow_fallback: Accept that the runtime runs the model, or some of its nodes, on another provider.
+        force_calibration: Without `data`, let passes that learn from data learn from generated inputs.
         progress: Told what is being done.
 
     Returns:
@@ -116,6 +120,10 @@ def optimize(
         reference = models.fix_shape(source, fix_shape) if fix_shape else source
         samples = _samples(data, reference)
         budget = _budget(max_error, max_drop, metric, labels, samples)
+        learning = any(p.needs_data for p in pipeline.passes)
+        parts = split(samples, seed) if learning and samples is not None else None
+        if parts is not None:
+            samples, budget = parts.evaluation, budget.on(parts)
         start = reference if opset is None else models.convert_opset(reference, opset)
     bench = _Bench(reference, options, samples, shape, seed, verify=verify, measure=measure)
     with clock("original"):
@@ -123,7 +131,14 @@ def optimize(
         bench.prepare()
     if start is not reference:
         _require_same(bench, start, opset)
-    ctx = Context(target=target, seed=seed, evaluate=runtime.evaluate_node, shapes=Shapes(start))
+    learnt = parts.calibration if parts is not None else bench.generated if learning and force_calibration else None
+    ctx = Context(
+        target=target,
+        seed=seed,
+        evaluate=runtime.evaluate_node,
+        shapes=Shapes(start),
+        calibration=None if not learnt else calibration(learnt, options, real=parts is not None, progress=progress),
+    )
     judge = bench.judge(budget)
 
     def run(denials: manager.Denials, verified: bool) -> manager.Outcome:
@@ -160,7 +175,7 @@ def optimize(
             measurement=measurement,
             not_measured=bench.not_measured,
             metric=task_metric,
-            notes=_notes(outcome, pipeline.passes, bench),
+            notes=(*_notes(outcome, pipeline.passes, bench), *([parts.note] if parts and parts.note else ())),
             seconds=tuple(clock.seconds),
             fixed_axes=tuple((fix_shape or {}).items()),
         ),
@@ -305,6 +320,11 @@ class _Bench:
             feeds = feeding.generate_runnable(self.reference, session.run, seed=self._seed, shape=self._shape)
         self.described = f"{len(feeds)} sets of generated inputs (seed {self._seed})"
         return feeds
+
+    @property
+    def generated(self) -> list[Feed]:
+        """The generated inputs; empty when the user gave data or nothing runs."""
+        return [] if self._samples is not None else self._feeds
 
     def judge(self, budget: Budget) -> Callable[[], ModelJudge | None]:
         """Return a maker of fresh judges, one per run of the manager."""

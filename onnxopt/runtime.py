@@ -11,7 +11,7 @@ import functools
 import io
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -129,11 +129,12 @@ class Session:
         self._session = None
         self._kept_alive = ()
 
-    def run(self, feed: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, feed: Mapping[str, Any], only: Collection[str] | None = None) -> dict[str, Any]:
         """Compute the outputs.
 
         Args:
             feed: An array per input; a list of arrays for a sequence, None for an optional input without a value.
+            only: Names of the outputs that are wanted; all by default.
 
         Returns:
             An array per output (of a type of ml_dtypes where numpy lacks it), a list for a sequence, None for an
@@ -144,8 +145,9 @@ class Session:
         """
         session = self._opened()
         inputs = self._converted(feed)
-        raw = [o.name for o in self.outputs if ortvalues.reinterpreted(o.type)]
-        plain = [o.name for o in self.outputs if not ortvalues.reinterpreted(o.type)]
+        wanted = [o for o in self.outputs if only is None or o.name in only]
+        raw = [o.name for o in wanted if ortvalues.reinterpreted(o.type)]
+        plain = [o.name for o in wanted if not ortvalues.reinterpreted(o.type)]
         values = ortvalues.to_ort_values(_onnxruntime(), inputs) if raw else {}
         results: dict[str, Any] = {}
         with _failing("ONNX Runtime cannot run the model"):
@@ -154,7 +156,7 @@ class Session:
             if raw:
                 arrays = map(ortvalues.to_array, session.run_with_ort_values(raw, values))
                 results.update(zip(raw, arrays, strict=True))
-        return {o.name: results[o.name] for o in self.outputs}
+        return {o.name: results[o.name] for o in wanted}
 
     def bind(self, feed: Mapping[str, Any]) -> Binding:
         """Put the inputs where the provider wants them, so that running copies nothing.

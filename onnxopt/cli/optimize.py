@@ -69,6 +69,7 @@ found something (OUT is not written); 2 usage, unreadable input or unwritable ou
     help="Sizes of dynamic axes to write into the result, for example batch=1.",
 )
 @options.running_options
+@options.force_calibration_option()
 @click.option("--no-verify", "verify", flag_value=False, default=True, help="Do not compare outputs with MODEL's.")
 @click.option("--no-measure", "measure", flag_value=False, default=True, help="Do not time the result.")
 @click.option("--strict", is_flag=True, help="Fail when an edit was dropped or the result could not be verified.")

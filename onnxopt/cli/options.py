@@ -235,6 +235,16 @@ def running_options(function: F) -> F:
     return function
 
 
+def force_calibration_option() -> Callable[[F], F]:
+    """Add `--force-calibration`."""
+    return click.option(
+        "--force-calibration",
+        is_flag=True,
+        help="Without --data: let passes that learn from data learn from generated inputs. Quality on real inputs "
+        "will differ.",
+    )
+
+
 def metric_option() -> Callable[[F], F]:
     """Add `--metric`."""
     return click.option(

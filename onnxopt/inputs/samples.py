@@ -17,7 +17,7 @@ import re
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,6 +75,17 @@ class Data:
         if callable(self._length):
             self._length = self._length()
         return self._length
+
+    def select(self, chosen: Collection[int]) -> Data:
+        """Return the samples of these numbers, counted from 0, in their own order."""
+        wanted = frozenset(chosen)
+        last = max(wanted, default=-1)
+        return Data(
+            self.name,
+            lambda: (s for i, s in enumerate(itertools.islice(self._samples(), last + 1)) if i in wanted),
+            len(wanted),
+            self.notes,
+        )
 
     def take(self, count: int) -> Data:
         """Return the first `count` samples, or all of them when there are fewer."""

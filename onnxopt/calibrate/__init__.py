@@ -1,0 +1,1 @@
+"""Statistics streamed from running a model on data."""

@@ -1,0 +1,1 @@
+"""Looks for the fastest or smallest model within a budget."""
