@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from onnxopt.analysis.shapes import Shapes
@@ -66,14 +66,25 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Denials:
-    """What must not be done again: single sites, and whole passes by their position in the pipeline."""
+    """What must not be done.
+
+    Attributes:
+        sites: Edits that were found guilty.
+        passes: Whole passes that were, by their position in the pipeline, and why.
+        spared: Sites that the user wants left alone, and in which words a report says so.
+    """
 
     sites: dict[Site, DroppedEdit] = dataclasses.field(default_factory=dict)
     passes: dict[int, str] = dataclasses.field(default_factory=dict)
+    spared: Mapping[Site, str] = dataclasses.field(default_factory=dict)
 
     def deny(self, site: Site, summary: str, reason: str) -> None:
         """Remember a guilty site."""
         self.sites[site] = DroppedEdit(site, summary, reason)
+
+    def copy(self) -> Denials:
+        """Return a copy that can be added to."""
+        return Denials(dict(self.sites), dict(self.passes), self.spared)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -138,7 +149,7 @@ def run(
         ctx: What passes may know.
         judge: Compares trials with the reference; None keeps every edit that does not crash.
         progress: Told what is being done.
-        denials: Sites and passes to leave out from the start.
+        denials: What to leave out from the start.
 
     Returns:
         The resulting model and one report per pass.
@@ -147,7 +158,7 @@ def run(
         VerificationError: If the unchanged model itself is judged bad.
     """
     progress = progress or Silent()
-    denials = Denials(dict(denials.sites), dict(denials.passes)) if denials else Denials()
+    denials = denials.copy() if denials else Denials()
     checkpoint, trials = model, []
     for segment in _segments(passes):
         trial = _settle(checkpoint, segment, ctx, judge, denials, progress)
@@ -304,6 +315,8 @@ def _run_pass(
         for item in graph_pass.run(trial.model, ctx):
             if isinstance(item, Refusal):
                 refusals[item.reason] += 1
+            elif item.site in denials.spared:
+                refusals[denials.spared[item.site]] += 1
             elif item.site not in denials.sites:
                 if limit is not None and len(trial.applied) >= limit:
                     return False

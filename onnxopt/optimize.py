@@ -52,6 +52,40 @@ class Result:
     report: Report
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a run is told besides model and passes; `optimize` says what each means."""
+
+    target: Target = "portable"
+    opset: int | None = None
+    data: str | os.PathLike[str] | Data | None = None
+    verify: bool = True
+    measure: bool = True
+    seed: int = 0
+    max_error: float | None = None
+    max_drop: float | None = None
+    metric: str | None = None
+    labels: str | os.PathLike[str] | np.ndarray | None = None
+    shape: Mapping[str, int] | None = None
+    fix_shape: Mapping[str, int] | None = None
+    provider: str | None = None
+    threads: int = 1
+    custom_ops: Sequence[str] = ()
+    allow_fallback: bool = False
+    force_calibration: bool = False
+    progress: Progress = dataclasses.field(default_factory=Silent)
+
+
+Deny = Callable[[ir.Model, Context], manager.Denials]
+"""Says what must not be done to a model."""
+
+Settle = Callable[
+    [manager.Outcome, Sequence[GraphPass], slowness.Run, slowness.Measure],
+    slowness.Settled,
+]
+"""Measures an outcome, and may run the passes again without some of them."""
+
+
 def optimize(
     model: Source,
     *,
@@ -110,31 +144,72 @@ def optimize(
         OnnxOptError: For any input, option or data that cannot be used, and as `VerificationError` when raising the
             opset changes the outputs. The message says what to do.
     """
-    progress = progress or Silent()
-    clock = _Clock()
-    pipeline = _pipeline(recipe, passes, max_error, max_drop)
-    options = _run_options(target, provider, threads, custom_ops, allow_fallback=allow_fallback)
+    settings = Settings(
+        target=target,
+        opset=opset,
+        data=data,
+        verify=verify,
+        measure=measure,
+        seed=seed,
+        max_error=max_error,
+        max_drop=max_drop,
+        metric=metric,
+        labels=labels,
+        shape=shape,
+        fix_shape=fix_shape,
+        provider=provider,
+        threads=threads,
+        custom_ops=custom_ops,
+        allow_fallback=allow_fallback,
+        force_calibration=force_calibration,
+        progress=progress or Silent(),
+    )
+    return carry_out(model, _pipeline(recipe, passes, max_error, max_drop), settings)
+
+
+def carry_out(
+    model: Source, pipeline: Pipeline, settings: Settings, *, deny: Deny | None = None, settle: Settle = slowness.settle
+) -> Result:
+    """Run a pipeline as told: `optimize` once its options are read, and what `quantize` does in its own way.
+
+    Args:
+        model: The model; it is not changed.
+        pipeline: The passes.
+        settings: Everything else that a user may say.
+        deny: Says what to leave out from the start; called with the model that the passes will get.
+        settle: Measures the result, and decides what to do when it is slower.
+
+    Returns:
+        The result and the report.
+
+    Raises:
+        OnnxOptError: As `optimize`.
+    """
+    clock, progress = _Clock(), settings.progress
+    options = _run_options(settings)
     with clock("load"):
         progress.stage("loading")
         source = models.load(model)
-        reference = models.fix_shape(source, fix_shape) if fix_shape else source
-        samples = _samples(data, reference)
-        budget = _budget(max_error, max_drop, metric, labels, samples)
+        reference = models.fix_shape(source, settings.fix_shape) if settings.fix_shape else source
+        samples = _samples(settings.data, reference)
+        budget = _budget(settings, samples)
         learning = any(p.needs_data for p in pipeline.passes)
-        parts = split(samples, seed) if learning and samples is not None else None
+        parts = split(samples, settings.seed) if learning and samples is not None else None
         if parts is not None:
             samples, budget = parts.evaluation, budget.on(parts)
-        start = reference if opset is None else models.convert_opset(reference, opset)
-    bench = _Bench(reference, options, samples, shape, seed, verify=verify, measure=measure)
+        start = reference if settings.opset is None else models.convert_opset(reference, settings.opset)
+    bench = _Bench(reference, options, samples, settings)
     with clock("original"):
         progress.stage("running the original")
         bench.prepare()
     if start is not reference:
-        _require_same(bench, start, opset)
-    learnt = parts.calibration if parts is not None else bench.generated if learning and force_calibration else None
+        _require_same(bench, start, settings.opset)
+    learnt = (
+        parts.calibration if parts is not None else bench.generated if learning and settings.force_calibration else None
+    )
     ctx = Context(
-        target=target,
-        seed=seed,
+        target=settings.target,
+        seed=settings.seed,
         evaluate=runtime.evaluate_node,
         shapes=Shapes(start),
         calibration=None if not learnt else calibration(learnt, options, real=parts is not None, progress=progress),
@@ -147,9 +222,9 @@ def optimize(
         )
 
     with clock("passes"):
-        outcome = run(manager.Denials(), True)
+        outcome = run(manager.Denials() if deny is None else deny(start, ctx), True)
     with clock("measure"):
-        outcome, measurement, slow = _settle(bench, outcome, pipeline.passes, run, progress)
+        outcome, measurement, slow = _settle(bench, outcome, pipeline.passes, run, settle, progress)
     with clock("verify"):
         progress.stage("verifying the result")
         verification = bench.verify(outcome, pipeline.passes, budget)
@@ -162,9 +237,9 @@ def optimize(
             output="",
             recipe=pipeline.name,
             pipeline=str(pipeline),
-            target=target,
+            target=settings.target,
             opset=(_opset(source), _opset(outcome.model)),
-            environment=environment(options.provider, threads),
+            environment=environment(options.provider, options.threads),
             data=bench.described,
             passes=outcome.passes,
             slow_passes=slow,
@@ -177,7 +252,7 @@ def optimize(
             metric=task_metric,
             notes=(*_notes(outcome, pipeline.passes, bench), *([parts.note] if parts and parts.note else ())),
             seconds=tuple(clock.seconds),
-            fixed_axes=tuple((fix_shape or {}).items()),
+            fixed_axes=tuple((settings.fix_shape or {}).items()),
         ),
     )
 
@@ -213,9 +288,8 @@ def _pipeline(
     return Pipeline.recipe(recipe or (BUDGET_RECIPE if budgeted else "lossless"))
 
 
-def _run_options(
-    target: Target, provider: str | None, threads: int, custom_ops: Sequence[str], *, allow_fallback: bool
-) -> RunOptions:
+def _run_options(settings: Settings) -> RunOptions:
+    target, provider, threads = settings.target, settings.provider, settings.threads
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.')
     if threads < 1:
@@ -223,7 +297,7 @@ def _run_options(
     if provider is None:
         wanted = "cuda" if target == "cuda" else "cpu"
         provider = wanted if wanted == "cpu" or _has_cuda() else "cpu"
-    return RunOptions(provider, threads, tuple(custom_ops), allow_fallback)
+    return RunOptions(provider, threads, tuple(settings.custom_ops), settings.allow_fallback)
 
 
 def _has_cuda() -> bool:
@@ -236,18 +310,14 @@ def _samples(data: str | os.PathLike[str] | Data | None, model: ir.Model) -> Dat
     return feeding.load_data(os.fspath(data), model)
 
 
-def _budget(
-    max_error: float | None,
-    max_drop: float | None,
-    metric: str | None,
-    labels: str | os.PathLike[str] | np.ndarray | None,
-    samples: Data | None,
-) -> Budget:
+def _budget(settings: Settings, samples: Data | None) -> Budget:
     """Check the options of the budget against each other.
 
     Raises:
         UsageError: If one of them needs another that is missing, or is out of range.
     """
+    max_error, max_drop = settings.max_error, settings.max_drop
+    metric, labels = settings.metric, settings.labels
     if max_error is not None and not max_error >= 0:
         raise UsageError(f"max_error must be at least 0, not {max_error}.")
     if max_drop is not None and not max_drop >= 0:
@@ -277,21 +347,17 @@ class _Bench:
         reference: ir.Model,
         options: RunOptions,
         samples: Data | None,
-        shape: Mapping[str, int] | None,
-        seed: int,
-        *,
-        verify: bool,
-        measure: bool,
+        settings: Settings,
     ) -> None:
         self.reference = reference
         self.options = options
-        self.not_verified = "" if verify else "verification was turned off"
-        self.not_measured = "" if measure else "measuring was turned off"
+        self.not_verified = "" if settings.verify else "verification was turned off"
+        self.not_measured = "" if settings.measure else "measuring was turned off"
         self.described = "no inputs were needed"
         self.data_notes: tuple[str, ...] = ()
         self._samples = samples
-        self._shape = shape
-        self._seed = seed
+        self._shape = settings.shape
+        self._seed = settings.seed
         self._feeds: list[Feed] = []
         self._verifier: Verifier | None = None
 
@@ -375,10 +441,11 @@ def _settle(
     bench: _Bench,
     outcome: manager.Outcome,
     passes: Sequence[GraphPass],
-    run: Callable[[manager.Denials, bool], manager.Outcome],
+    run: slowness.Run,
+    settle: Settle,
     progress: Progress,
 ) -> tuple[manager.Outcome, Measurement | None, tuple[SlowPass, ...]]:
-    """Measure, and take out what makes the model slower."""
+    """Measure, and do about a slower model what `settle` does."""
     if bench.not_measured:
         return outcome, None, ()
 
@@ -386,7 +453,7 @@ def _settle(
         progress.stage("measuring")
         return bench.measure(candidate, progress)
 
-    settled = slowness.settle(outcome, passes, run, timed)
+    settled = settle(outcome, passes, run, timed)
     return settled.outcome, settled.measurement, settled.slow_passes
 
 

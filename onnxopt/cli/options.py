@@ -201,7 +201,8 @@ def threads_option() -> Callable[[F], F]:
 
 def running_options(function: F) -> F:
     """Add the options that say how and with what a model is run."""
-    decorators: tuple[Callable[[F], F], ...] = (
+    return _decorated(
+        function,
         click.option(
             "--data",
             metavar="FILE|DIR|MODULE:FUNCTION",
@@ -230,9 +231,6 @@ def running_options(function: F) -> F:
         ),
         seed_option(),
     )
-    for decorate in reversed(decorators):  # the last one applied comes first in the help
-        function = decorate(function)
-    return function
 
 
 def force_calibration_option() -> Callable[[F], F]:
@@ -257,3 +255,81 @@ def metric_option() -> Callable[[F], F]:
 def json_option() -> Callable[[F], F]:
     """Add `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
+
+def output_options(function: F) -> F:
+    """Add the options that say where a result goes."""
+    return _decorated(
+        function,
+        click.option("--output", "-o", metavar="OUT", type=click.Path(), help="Where the result goes."),
+        click.option("--in-place", is_flag=True, help="Replace MODEL by the result."),
+    )
+
+
+def opset_option() -> Callable[[F], F]:
+    """Add `--opset`."""
+    return click.option(
+        "--opset",
+        metavar="N",
+        type=click.IntRange(min=1),
+        help="Convert the standard operator set to this version first; a lower one works for few models.",
+    )
+
+
+def fix_shape_option() -> Callable[[F], F]:
+    """Add `--fix-shape`."""
+    return click.option(
+        "--fix-shape",
+        type=Sizes(),
+        help="Sizes of dynamic axes to write into the result, for example batch=1.",
+    )
+
+
+def drop_options(function: F) -> F:
+    """Add the options of a budget in points of a metric."""
+    return _decorated(
+        function,
+        click.option(
+            "--max-drop",
+            type=Fraction(below_one=True),
+            metavar="P%",
+            help="Budget: the largest drop of the metric, for example 0.5%. Needs --data.",
+        ),
+        metric_option(),
+        click.option(
+            "--labels",
+            metavar="FILE",
+            type=click.Path(),
+            help="Labels of --data, an .npy or .npz with one per sample. Without them the metric compares with MODEL.",
+        ),
+    )
+
+
+def report_options(function: F) -> F:
+    """Add the options that say what is found out about a result, and how that is told."""
+    return _decorated(
+        function,
+        click.option(
+            "--no-verify", "verify", flag_value=False, default=True, help="Do not compare outputs with MODEL's."
+        ),
+        click.option("--no-measure", "measure", flag_value=False, default=True, help="Do not time the result."),
+        click.option(
+            "--strict", is_flag=True, help="Fail when an edit was dropped or the result could not be verified."
+        ),
+        click.option(
+            "--report",
+            "reports",
+            metavar="FILE",
+            multiple=True,
+            type=click.Path(),
+            help="Also write the report to FILE.json or FILE.html; may be repeated.",
+        ),
+        click.option("--verbose", "-v", is_flag=True, help="List every edit and every near miss."),
+        click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors."),
+    )
+
+
+def _decorated(function: F, *decorators: Callable[[F], F]) -> F:
+    for decorate in reversed(decorators):  # the last one applied comes first in the help
+        function = decorate(function)
+    return function

@@ -94,7 +94,7 @@ def speed(measurement: Measurement) -> str:
 
 
 def warnings(report: Report) -> list[str]:
-    """Return what must not be overlooked: failed or missing verification, missing measurement."""
+    """Return what must not be overlooked: failed or missing verification, missing measurement, a slower result."""
     found = []
     if report.verification is None:
         found.append(f"NOT VERIFIED: {words.sentence(report.not_verified or 'no reason is known')}")
@@ -102,7 +102,14 @@ def warnings(report: Report) -> list[str]:
         found.append(f"FAILED VERIFICATION: {words.sentence(report.verification.reason)}")
     if report.measurement is None:
         found.append(f"NOT MEASURED: {words.sentence(report.not_measured or 'no reason is known')}")
+    elif report.measurement.verdict == "slower":
+        found.append(slower(report.measurement))
     return found
+
+
+def slower(measurement: Measurement) -> str:
+    """Return the warning about a result that got slower."""
+    return f"SLOWER THAN THE ORIGINAL: {speed(measurement)}."
 
 
 def rows(report: Report) -> list[Row]:
