@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from onnxopt.model import load, save
     from onnxopt.optimize import Result, optimize
     from onnxopt.pipeline import Pipeline
+    from onnxopt.quantize import quantize
     from onnxopt.report.data import Report
     from onnxopt.verify import verify
 
@@ -40,6 +41,7 @@ _HOMES = {
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
     "optimize": "onnxopt.optimize",
+    "quantize": "onnxopt.quantize",
     "save": "onnxopt.model",
     "verify": "onnxopt.verify",
 }
@@ -58,6 +60,7 @@ __all__ = [
     "load",
     "measure",
     "optimize",
+    "quantize",
     "save",
     "verify",
 ]

@@ -40,3 +40,9 @@ class VerificationError(OnnxOptError):
     """The result does not compute what the original computes, or misses the user's budget."""
 
     exit_code: ClassVar[int] = 1
+
+
+class NothingDoneError(OnnxOptError):
+    """What was asked for by name cannot be done to this model."""
+
+    exit_code: ClassVar[int] = 1

@@ -21,6 +21,7 @@ LAYERS = [
     {"slowness"},
     {"search"},
     {"optimize"},
+    {"quantize"},
     {"cli"},
     {"__main__", "__init__"},
 ]

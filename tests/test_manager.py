@@ -214,6 +214,15 @@ def test_denials_of_an_earlier_run_are_respected() -> None:
     assert ops(again.model) == ops(first.model)
 
 
+def test_what_the_user_spares_is_left_alone_and_told() -> None:
+    site = Site("rename", "", "v2")
+    denials = manager.Denials(spared={site: "as asked"})
+    outcome = manager.run(chain(4), [Rename(wrong_at="v2")], CTX, CountingJudge(), denials=denials)
+    assert "Wrong" not in ops(outcome.model)
+    assert dict(outcome.passes[0].refusals) == {"as asked": 1}
+    assert outcome.passes[0].dropped == ()
+
+
 def test_two_runs_are_the_same() -> None:
     runs = [manager.run(chain(9), [Rename(wrong_at="v5"), Crash()], CTX, CountingJudge()) for _ in range(2)]
     assert ir.to_proto(runs[0].model) == ir.to_proto(runs[1].model)

@@ -89,6 +89,7 @@ BAD = {
 }
 COMMANDS = {
     "optimize": ["-o", "OUT", "--report", "R.json", FAST],
+    "quantize": ["--mode", "weights", "-o", "OUT", "--report", "R.json", FAST],
     "inspect": [],
     "explain": ["-p", "fold-constants"],
     "bench": [],
