@@ -208,6 +208,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Store weights as 8-bit integers, per tensor or per channel.",
         ),
         _entry(
+            "convert-float16",
+            "quantize.convert_float16:ConvertFloat16",
+            "Compute in float16 on cuda, except where numbers would overflow.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",
