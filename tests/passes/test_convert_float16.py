@@ -12,6 +12,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 import pytest
+from onnx.reference import ReferenceEvaluator
 
 import onnxopt
 from onnxopt.analysis.shapes import Shapes
@@ -185,7 +186,7 @@ MASKED = """g (float[n,4,64] x, float[n,1,4] keep) => (float[n,4,64] y) <float o
 
 @pytest.mark.parametrize("padded", [True, False])
 def test_masks_are_held_within_the_range(tmp_path: Path, padded: bool) -> None:
-    """Rows that are masked as a whole must not become NaN, whether the data have some or not."""
+    """Rows that are masked as a whole come out even, as in float32, whether the data have some or not."""
     model = proto(MASKED, w=weight(64, 64))
     rng = np.random.default_rng(0)
     x = 0.3 * rng.standard_normal((6, 1, 4, 64)).astype(np.float32)
@@ -198,10 +199,9 @@ def test_masks_are_held_within_the_range(tmp_path: Path, padded: bool) -> None:
     assert found.types("Mul") == [SINGLE]
     whole = {"x": x[0], "keep": np.zeros((1, 1, 4), np.float32)}
     some = {"x": x[1], "keep": np.eye(4, dtype=np.float32)[:1, None]}
-    # The CPU provider adds in float32, where the scores of a wholly masked row do not drown; NaN is never allowed.
-    for feed, allowed in ((whole, float("inf")), (some, 0.01)):
-        checked = onnxopt.verify(model, found.model, feeds=[feed], max_error=allowed)
-        assert checked.ok, checked.reason
+    for feed in (whole, some):  # by onnx's own evaluator, which rounds to float16 where the CPU provider does not
+        wanted, got = (ReferenceEvaluator(m).run(None, feed)[0] for m in (model, ir.to_proto(found.model)))
+        np.testing.assert_allclose(got, wanted, atol=0.01)
 
 
 def test_a_mask_chosen_by_where() -> None:
