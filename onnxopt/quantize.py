@@ -37,7 +37,7 @@ class _Way:
 
 _WAYS: dict[str, _Way] = {
     "static": _Way("quantize-static", ("ranges",)),
-    "dynamic": _Way("quantize-dynamic"),
+    "dynamic": _Way("quantize-dynamic", ("bits",)),
     "weights": _Way("quantize-weights", ("bits", "granularity", "block", "method")),
     "matmul": _Way("quantize-matmul", ("bits", "block", "method")),
     "float16": _Way("convert-float16"),

@@ -193,17 +193,22 @@ def ports(node: ir.Node, opset: int, shapes: Shapes) -> Ports | str:
     return _by_schema(node, opset, shapes)
 
 
-def _those(node: ir.Node, inputs: tuple[int, ...], outputs: tuple[int, ...], shapes: Shapes) -> Ports:
-    """Return those of the places where there is float32."""
-
-    def real(values: Sequence[ir.Value | None], index: int) -> bool:
-        value = values[index] if index < len(values) else None
-        return value is not None and shapes.dtype(value) == ir.DataType.FLOAT
-
-    return Ports(
-        tuple(i for i in inputs if real(node.inputs, i)),
-        tuple(i for i in outputs if real(node.outputs, i)),
-    )
+def _those(node: ir.Node, inputs: tuple[int, ...], outputs: tuple[int, ...], shapes: Shapes) -> Ports | str:
+    """Return those of the places where there is float32, or why that is not certain."""
+    real: list[list[int]] = []
+    for values, places in ((node.inputs, inputs), (node.outputs, outputs)):
+        real.append([])
+        for index in places:
+            value = values[index] if index < len(values) else None
+            # An optional output that is left out has no name.
+            if value is None or (index and values is node.outputs and not value.name):
+                continue
+            dtype = shapes.dtype(value)
+            if dtype is None:
+                return f"the type of one of {node.op_type}'s values is not known"
+            if dtype == ir.DataType.FLOAT:
+                real[-1].append(index)
+    return Ports(tuple(real[0]), tuple(real[1]))
 
 
 def _by_schema(node: ir.Node, opset: int, shapes: Shapes) -> Ports | str:
@@ -223,7 +228,7 @@ def _by_schema(node: ir.Node, opset: int, shapes: Shapes) -> Ports | str:
         tuple(i for i, t in enumerate(outs) if t in turning & halves),
         shapes,
     )
-    if not (found.inputs or found.outputs):
+    if found == Ports((), ()):
         return f"{node.op_type} takes float32 only where float16 is not allowed"
     return found
 
