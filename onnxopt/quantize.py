@@ -56,7 +56,7 @@ class Scheme:
             matrix products whose activations are scaled as they come. "weights": weights alone, for size. "matmul":
             MatMulNBits, for language models. "float16": half precision on cuda. "fp16-storage": weights in half
             precision, computed as before.
-        bits: Bits of a weight: 8, 4 or 2.
+        bits: Bits of a weight: 8, 4 or 2; with mode "dynamic" 8, or 7 for processors without VNNI.
         granularity: A scale per "tensor" or per "channel".
         block: A scale per so many elements along the sum instead.
         ranges: How activation ranges follow from the data: "auto", "minmax", "percentile", "entropy" or "mse".
@@ -85,7 +85,8 @@ class Scheme:
             )
         for option in ("bits", "granularity", "block", "ranges", "method"):
             if getattr(self, option) is not None and option not in _WAYS[self.mode].options:
-                fit = " or ".join(mode for mode, way in _WAYS.items() if option in way.options)
+                *most, last = (mode for mode, way in _WAYS.items() if option in way.options)
+                fit = f"{', '.join(most)} or {last}" if most else last
                 raise UsageError(f"{option} is for mode {fit}; leave it out with mode {self.mode}.")
         if self.smooth is not None and self.mode != _SMOOTHED:
             raise UsageError(f"smooth is for mode {_SMOOTHED}; leave it out with mode {self.mode}.")

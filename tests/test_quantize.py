@@ -104,7 +104,7 @@ def test_a_slower_result_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> No
     ("options", "complaint"),
     [
         ({"mode": "statc"}, 'no mode "statc". Did you mean "static"'),
-        ({"mode": "static", "bits": 4}, "bits is for mode weights or matmul; leave it out with mode static"),
+        ({"mode": "static", "bits": 4}, "bits is for mode dynamic, weights or matmul; leave it out with mode static"),
         ({"mode": "weights", "ranges": "mse"}, "ranges is for mode static"),
         ({"mode": "float16", "granularity": "channel"}, "granularity is for mode weights"),
         ({"mode": "matmul", "smooth": True}, "smooth is for mode dynamic"),
