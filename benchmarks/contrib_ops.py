@@ -220,8 +220,30 @@ def skip_normalization() -> Iterator[Case]:
         yield Case(f"{batch} x {length} x {width}", plain, fused, 18, feed, constants)
 
 
+def group_normalization() -> Iterator[Case]:
+    """Yield group normalization, beside what the passes write instead."""
+    rng = np.random.default_rng(0)
+    for batch, channels, length, groups in ((1, 32, 64, 8), (2, 64, 784, 8), (1, 320, 1024, 32), (1, 128, 4096, 4)):
+        feed = {"x": rng.standard_normal((batch, channels, length)).astype(np.float32)}
+        constants = {n: rng.standard_normal(channels).astype(np.float32) for n in ("w", "b")} | {
+            "ones": np.ones(groups, np.float32),
+            "zeros": np.zeros(groups, np.float32),
+            "mean": np.zeros(channels, np.float32),
+            "variance": np.ones(channels, np.float32),
+            "grouped": np.array([0, groups, -1]),
+            "back": np.array([0, channels, length]),
+        }
+        plain = (
+            "r = Reshape(x, grouped) i = InstanceNormalization(r, ones, zeros) q = Reshape(i, back) "
+            "y = BatchNormalization<epsilon = 0.0>(q, w, b, mean, variance)"
+        )
+        fused = f"y = GroupNormalization<num_groups={groups}>(x, w, b)"
+        yield Case(f"{batch} x {channels} x {length}, {groups} groups", plain, fused, 21, feed, constants)
+
+
 CASES: dict[str, Callable[[], Iterator[Case]]] = {
     "Attention": standard,
+    "GroupNormalization": group_normalization,
     "RotaryEmbedding": standard_rotary,
     "com.microsoft.Attention": packed,
     "com.microsoft.GroupQueryAttention": grouped,

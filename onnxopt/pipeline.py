@@ -55,6 +55,8 @@ _LOSSLESS = ",".join(
         "fuse-exponentials",
         "fuse-activations",
         "fuse-gelu",
+        "fuse-instance-norm",
+        "fuse-group-norm",
         "fuse-normalization",
         "unflatten-linear",
         "fuse-batch-norm",

@@ -178,6 +178,16 @@ BUILTIN: dict[str, Entry] = dict(
             "Fuse GELU in all exporters' forms.",
         ),
         _entry(
+            "fuse-instance-norm",
+            "fuse.instance_norm:FuseInstanceNorm",
+            "Fuse instance normalization in all exporters' forms.",
+        ),
+        _entry(
+            "fuse-group-norm",
+            "fuse.group_norm:FuseGroupNorm",
+            "Write group normalization in the form that ONNX Runtime executes fastest.",
+        ),
+        _entry(
             "fuse-normalization",
             "fuse.normalization:FuseNormalization",
             "Fuse layer and RMS normalization in all exporters' forms.",

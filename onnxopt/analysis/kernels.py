@@ -8,6 +8,7 @@ from __future__ import annotations
 
 RATIOS: dict[tuple[str, str], float] = {
     ("Attention", "CPUExecutionProvider"): 0.93,
+    ("GroupNormalization", "CPUExecutionProvider"): 2.6,
     ("RotaryEmbedding", "CPUExecutionProvider"): 0.34,
     ("com.microsoft.Attention", "CPUExecutionProvider"): 0.99,
     ("com.microsoft.GroupQueryAttention", "CPUExecutionProvider"): 0.94,

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.algebra import is_product_root, monomial, summands
+from onnxopt.analysis.algebra import is_product_root, monomial
 from onnxopt.analysis.dims import Dim
+from onnxopt.analysis.normalization import Factors, Norm, read
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
-from onnxopt.graph import Scope, attribute, constant_ints, is_op, only_use
+from onnxopt.graph import Scope, is_op, only_use
 from onnxopt.rewrite import Builder, Found, Refused, rewrite
 
 LAYER_NORMALIZATION_OPSET = 17
@@ -26,8 +27,7 @@ AXES_AS_INPUT = 18
 class FuseNormalization(GraphPass):
     """Fuse (x - mean(x)) / sqrt(mean((x - mean(x)) ** 2) + eps) * scale + bias, and the same without the mean.
 
-    Read as a product (`analysis/algebra.py`): one factor to the power -1/2 that is a mean of squares plus a
-    constant, and the factor that is squared there. Layer normalization: Ba, Kiros and Hinton 2016,
+    How it is read stands in `analysis/normalization.py`. Layer normalization: Ba, Kiros and Hinton 2016,
     https://arxiv.org/abs/1607.06450. RMS normalization: Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467.
     Where the opset has no RMSNormalization, it is rewritten in the order that ONNX Runtime fuses when it loads.
     """
@@ -40,96 +40,26 @@ class FuseNormalization(GraphPass):
         yield from rewrite(self.name, model, ctx, {"Mul": [_rule], "Div": [_rule]})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Norm:
-    """A normalization of `x` over its last `axes` axes; `root` is the deviation factor, `x` itself for RMSNorm."""
-
-    x: ir.Value
-    deviation: ir.Value
-    inverse: ir.Value
-    axes: int
-    epsilon: float
-
-    @property
-    def centred(self) -> bool:
-        return self.deviation is not self.x
-
-
 def _rule(node: ir.Node, scope: Scope, ctx: Context) -> Found | Refused | None:
     if not is_product_root(node):
         return None
     product = monomial(node.outputs[0], ctx.shapes)
-    norm = None
-    for inverse, exponent in product.factors:
-        if exponent == -0.5:
-            norm = _norm(inverse, ctx.shapes)
-            break
+    norm = read(product, ctx.shapes)
     if norm is None:
         return None
-    if isinstance(norm, Refused):
-        return norm
-    if product.exponent(norm.deviation) != 1:
-        return Refused("what is normalized is not a plain factor of the product")
-    shape = ctx.shapes.of(norm.x)
-    assert shape is not None
-    normalized = shape[len(shape) - norm.axes :]
-    rest = product.without(norm.deviation, norm.inverse)
-    scale, others = _take_scale(rest, normalized, ctx.shapes)
+    if isinstance(norm, str):
+        return Refused(norm)
+    normalized = norm.normalized
+    scale, others = _take_scale(norm.rest, normalized, ctx.shapes)
     if any(e not in (1, -1) for _, e in others):
         return Refused("another factor is raised to a power")
+    coefficient = product.coefficient * norm.factor
     if norm.centred:
-        return _layer_norm(node, norm, scale, others, product.coefficient, normalized, scope, ctx)
-    return _rms_norm(node, norm, scale, others, product.coefficient, normalized, scope, ctx)
+        return _layer_norm(node, norm, scale, others, coefficient, normalized, scope, ctx)
+    return _rms_norm(node, norm, scale, others, coefficient, normalized, scope, ctx)
 
 
-def _norm(inverse: ir.Value, shapes: Shapes) -> _Norm | Refused | None:
-    """Read mean(d ** 2) + eps, where d is x - mean(x) or x."""
-    total = summands(inverse, shapes)
-    if len(total.terms) != 1 or total.terms[0].sign != 1 or not total.constant > 0:
-        return None
-    mean = total.terms[0].value.producer()
-    if mean is None or not is_op(mean, "ReduceMean") or mean.inputs[0] is None:
-        return None
-    square = monomial(mean.inputs[0], shapes)
-    if len(square.factors) != 1 or square.coefficient != 1 or square.factors[0][1] != 2:
-        return Refused("the mean is not one of squares")
-    deviation = square.factors[0][0]
-    axes = _last_axes(mean, deviation, shapes)
-    if axes is None:
-        return Refused("the mean is not over the last axes, or the number of axes is unknown")
-    x = _centred(deviation, axes, shapes) or deviation
-    return _Norm(x, deviation, inverse, axes, total.constant)
-
-
-def _last_axes(mean: ir.Node, x: ir.Value, shapes: Shapes) -> int | None:
-    """Return n when a ReduceMean keeps its axes and reduces the last n of them."""
-    rank = shapes.rank(x)
-    if rank is None or attribute(mean, "keepdims", 1) != 1:
-        return None
-    axes = attribute(mean, "axes")
-    if axes is None and len(mean.inputs) > 1:
-        axes = constant_ints(mean.inputs[1])
-    if not axes:
-        return None
-    reduced = sorted(a % rank for a in axes)
-    return len(reduced) if reduced == list(range(rank - len(reduced), rank)) else None
-
-
-def _centred(deviation: ir.Value, axes: int, shapes: Shapes) -> ir.Value | None:
-    """Return x when the value is x - mean(x) over the same axes."""
-    node = deviation.producer()
-    if node is None or not is_op(node, "Sub") or node.inputs[0] is None or node.inputs[1] is None:
-        return None
-    x, mean = node.inputs[0], node.inputs[1].producer()
-    if mean is None or not is_op(mean, "ReduceMean") or mean.inputs[0] is not x:
-        return None
-    return x if _last_axes(mean, x, shapes) == axes else None
-
-
-_Factors = tuple[tuple[ir.Value, float], ...]
-
-
-def _take_scale(factors: _Factors, normalized: tuple[Dim, ...], shapes: Shapes) -> tuple[ir.Value | None, _Factors]:
+def _take_scale(factors: Factors, normalized: tuple[Dim, ...], shapes: Shapes) -> tuple[ir.Value | None, Factors]:
     """Split off the first factor that has just the normalized shape."""
     for value, exponent in factors:
         if exponent == 1 and shapes.same_shape(value, normalized):
@@ -139,9 +69,9 @@ def _take_scale(factors: _Factors, normalized: tuple[Dim, ...], shapes: Shapes) 
 
 def _layer_norm(
     node: ir.Node,
-    norm: _Norm,
+    norm: Norm,
     scale: ir.Value | None,
-    others: _Factors,
+    others: Factors,
     coefficient: float,
     normalized: tuple[Dim, ...],
     scope: Scope,
@@ -186,9 +116,9 @@ def _take_bias(node: ir.Node, normalized: tuple[Dim, ...], shapes: Shapes) -> tu
 
 def _rms_norm(
     node: ir.Node,
-    norm: _Norm,
+    norm: Norm,
     scale: ir.Value | None,
-    others: _Factors,
+    others: Factors,
     coefficient: float,
     normalized: tuple[Dim, ...],
     scope: Scope,
@@ -214,7 +144,7 @@ def _rms_norm(
     return Found(node.outputs[0], f"RMSNorm of {norm.x.name}", build)
 
 
-def _recognized(builder: Builder, norm: _Norm, scale: ir.Value, opset: int, dtype: ir.DataType | None) -> ir.Value:
+def _recognized(builder: Builder, norm: Norm, scale: ir.Value, opset: int, dtype: ir.DataType | None) -> ir.Value:
     """Build x / sqrt(mean(x ** 2) + eps) * scale in the order that ONNX Runtime's own fusion looks for."""
     square = builder.op("Pow", [norm.x, builder.constant("two", 2, dtype)])
     axes = list(range(-norm.axes, 0))
@@ -226,7 +156,7 @@ def _recognized(builder: Builder, norm: _Norm, scale: ir.Value, opset: int, dtyp
     return builder.op("Mul", [builder.op("Div", [norm.x, builder.op("Sqrt", [total])]), scale])
 
 
-def _is_recognized(node: ir.Node, norm: _Norm, scale: ir.Value | None) -> bool:
+def _is_recognized(node: ir.Node, norm: Norm, scale: ir.Value | None) -> bool:
     """Whether the product already is (x / sqrt(...)) * scale; without the scale the runtime does not fuse it."""
     divide = next((v.producer() for v in node.inputs if v is not None and v is not scale), None)
     if scale is None or node.op_type != "Mul" or divide is None or not is_op(divide, "Div"):
@@ -237,7 +167,7 @@ def _is_recognized(node: ir.Node, norm: _Norm, scale: ir.Value | None) -> bool:
     return root is not None and is_op(root, "Sqrt") and root.inputs[0] is norm.inverse and _is_squared_by_pow(norm)
 
 
-def _is_squared_by_pow(norm: _Norm) -> bool:
+def _is_squared_by_pow(norm: Norm) -> bool:
     """Whether the mean is over Pow(x, 2); the runtime does not look for Mul(x, x)."""
     total = norm.inverse.producer()
     means = [v.producer() for v in total.inputs if v is not None] if total is not None else []
@@ -246,7 +176,7 @@ def _is_squared_by_pow(norm: _Norm) -> bool:
 
 
 def _times(
-    builder: Builder, value: ir.Value, others: _Factors, coefficient: float, dtype: ir.DataType | None
+    builder: Builder, value: ir.Value, others: Factors, coefficient: float, dtype: ir.DataType | None
 ) -> ir.Value:
     """Multiply what the product holds besides the normalization."""
     for other, exponent in others:
