@@ -46,6 +46,7 @@ _LOSSLESS = ",".join(
         "fold-constants",
         "settle-shapes",
         "remove-identities",
+        "unpack-sequences",
         "simplify-algebra",
         "merge-layout",
         "merge-chains",

@@ -88,6 +88,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Merge Cast, Pad and Slice with the one before, and reductions with Squeeze or Unsqueeze behind.",
         ),
         _entry(
+            "unpack-sequences",
+            "simplify.unpack_sequences:UnpackSequences",
+            "Replace sequences that are only taken apart again by plain tensors.",
+        ),
+        _entry(
             "merge-concats",
             "simplify.merge_concats:MergeConcats",
             "Merge Concat with Concat, and with Split and Slice where one undoes the other.",
