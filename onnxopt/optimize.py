@@ -18,6 +18,7 @@ from onnxopt import model as models
 from onnxopt.analysis.inspect import summary_stats
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
+from onnxopt.compare.branches import never_run
 from onnxopt.contract import TARGETS, Context, GraphPass, Guarantee, Progress, Silent, Target
 from onnxopt.errors import RuntimeFailure, UsageError, VerificationError
 from onnxopt.feeds import Data, Feed
@@ -228,6 +229,7 @@ def carry_out(
     with clock("verify"):
         progress.stage("verifying the result")
         verification = bench.verify(outcome, pipeline.passes, budget)
+        not_run = bench.branches_not_run(outcome.model)
         task_metric = _metric(reference, outcome.model, budget, options, bench)
     return Result(
         outcome.model,
@@ -250,7 +252,7 @@ def carry_out(
             measurement=measurement,
             not_measured=bench.not_measured,
             metric=task_metric,
-            notes=(*_notes(outcome, pipeline.passes, bench), *([parts.note] if parts and parts.note else ())),
+            notes=tuple(filter(None, (*_notes(outcome, pipeline.passes, bench), parts.note if parts else "", not_run))),
             seconds=tuple(clock.seconds),
             fixed_axes=tuple((settings.fix_shape or {}).items()),
         ),
@@ -415,6 +417,10 @@ class _Bench:
             if guarantee in kept:
                 return self._verifier.check(outcome.model, guarantee, budget.max_error)
         return self._verifier.check(outcome.model, Guarantee.EXACT)
+
+    def branches_not_run(self, result: ir.Model) -> str:
+        """Say which branches of the result no input ran."""
+        return "" if self._verifier is None else never_run(result, self._feeds, self.options)
 
     def measure(self, candidate: ir.Model, progress: Progress) -> Measurement:
         """Time a candidate against the original."""
