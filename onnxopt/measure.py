@@ -22,6 +22,7 @@ import onnx_ir as ir
 from onnxopt import feeds as feeding
 from onnxopt import model as models
 from onnxopt.contract import Progress, Silent
+from onnxopt.errors import DataError
 from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions, Session, open_session
 from onnxopt.timing import stopwatch
@@ -166,10 +167,11 @@ def measure(
     Raises:
         ModelError: If a model cannot be read.
         RuntimeFailure: If a model cannot be loaded or run, or would run on another provider.
-        DataError: If no feed can be generated.
+        DataError: If no feed can be generated, or the models need different inputs.
     """
     options, progress = options or RunOptions(), progress or Silent()
     before, after = models.load(baseline), models.load(candidate)
+    _require_same_inputs(before, after, _called(baseline, "the baseline"), _called(candidate, "the candidate"))
     if feed is None:
         feed = _generated(before, options, seed, shape)
     duel = _Duel(before, after, feed, options, seed)
@@ -181,6 +183,20 @@ def measure(
         peak_mb(_file_or(baseline, before), feed, options),
         peak_mb(_file_or(candidate, after), feed, options),
     )
+
+
+def _called(source: Source, role: str) -> str:
+    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else role
+
+
+def _require_same_inputs(before: ir.Model, after: ir.Model, baseline: str, candidate: str) -> None:
+    """Raise when one model needs an input that the other lacks: there is nothing to run both on."""
+    for one, other, needs, lacks in ((before, after, baseline, candidate), (after, before, candidate, baseline)):
+        known = {v.name for v in other.graph.inputs}
+        missing = [f'"{v.name}"' for v in one.graph.inputs if v.name not in known and not v.is_initializer()]
+        if missing:
+            inputs = f"input{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
+            raise DataError(f"{needs} needs the {inputs}, which {lacks} lacks; compare models with the same inputs.")
 
 
 def bench(

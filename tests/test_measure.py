@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxopt.errors import RuntimeFailure, UsageError
+from onnxopt.errors import DataError, UsageError
 from onnxopt.measure import Measurement, bench, measure
 from onnxopt.runtime import RunOptions
 
@@ -117,11 +117,17 @@ def test_feeds_are_generated() -> None:
     assert found.rounds >= 4
 
 
-def test_a_candidate_that_does_not_take_the_feed_is_an_error() -> None:
+def test_models_that_need_different_inputs_are_an_error(tmp_path: Path) -> None:
     other = chain(1)
     other.graph.inputs[0].name = "z"
-    with pytest.raises(RuntimeFailure, match='"z"'):
+    with pytest.raises(DataError, match='the baseline needs the input "x", which the candidate lacks'):
         measure(chain(1), other, feed=FEED, budget_seconds=0.01)
+    more = chain(1)
+    more.graph.inputs.append(ir.val("z", ir.DataType.FLOAT, [1]))
+    path = tmp_path / "more.onnx"
+    ir.save(more, path)
+    with pytest.raises(DataError, match='more.onnx needs the input "z", which the baseline lacks'):
+        measure(chain(1), path, feed=FEED, budget_seconds=0.01)
 
 
 def test_unknown_providers_are_errors() -> None:
