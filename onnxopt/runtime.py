@@ -357,6 +357,9 @@ def _onnxruntime() -> Any:
         ) from error
     except ImportError as error:
         raise RuntimeFailure(f"ONNX Runtime is installed but cannot be imported: {error}") from error
+    # Official builds may collect events, which they keep in files in the temporary folder.
+    if hasattr(onnxruntime, "disable_telemetry_events"):
+        onnxruntime.disable_telemetry_events()
     return onnxruntime
 
 

@@ -62,6 +62,13 @@ def test_runs_a_model_and_leaves_it_alone() -> None:
     assert ir.to_proto(model).SerializeToString() == before
 
 
+def test_the_runtime_collects_no_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: asked.append(True))
+    test_runs_a_model_and_leaves_it_alone()
+    assert asked
+
+
 def test_runs_a_path(tmp_path: Path) -> None:
     path = saved(with_weight(np.arange(LARGE, dtype=np.float32)), tmp_path)
     with open_session(str(path), optimized=True) as session:
