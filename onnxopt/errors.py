@@ -17,7 +17,17 @@ class OnnxOptError(Exception):
 
 
 class UsageError(OnnxOptError):
-    """An option, a pass name or a pipeline string that cannot be used."""
+    """An option, a pass name or a pipeline string that cannot be used.
+
+    Attributes:
+        options: The options that the message names as the arguments they are, so that the command line can name them
+            as its own.
+    """
+
+    def __init__(self, message: str, *options: str) -> None:
+        """Say what is wrong, and which of the words are options."""
+        super().__init__(message)
+        self.options = options
 
 
 class ModelError(OnnxOptError):

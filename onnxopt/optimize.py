@@ -281,7 +281,7 @@ def _pipeline(
         UsageError: If both a recipe and passes are given, or one of them cannot be read.
     """
     if recipe is not None and passes is not None:
-        raise UsageError("Give either a recipe or passes, not both.")
+        raise UsageError("Give either recipe or passes, not both.", "recipe", "passes")
     if isinstance(passes, Pipeline):
         return passes
     if passes is not None:
@@ -295,7 +295,7 @@ def _run_options(settings: Settings) -> RunOptions:
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.')
     if threads < 1:
-        raise UsageError(f"threads must be at least 1, not {threads}.")
+        raise UsageError(f"threads must be at least 1, not {threads}.", "threads")
     if provider is None:
         wanted = "cuda" if target == "cuda" else "cpu"
         provider = wanted if wanted == "cpu" or _has_cuda() else "cpu"
@@ -321,12 +321,12 @@ def _budget(settings: Settings, samples: Data | None) -> Budget:
     max_error, max_drop = settings.max_error, settings.max_drop
     metric, labels = settings.metric, settings.labels
     if max_error is not None and not max_error >= 0:
-        raise UsageError(f"max_error must be at least 0, not {max_error}.")
+        raise UsageError(f"max_error must be at least 0, not {max_error}.", "max_error")
     if max_drop is not None and not max_drop >= 0:
-        raise UsageError(f"max_drop must be at least 0, not {max_drop}.")
+        raise UsageError(f"max_drop must be at least 0, not {max_drop}.", "max_drop")
     if samples is None and (max_drop is not None or metric is not None or labels is not None):
         name = "max_drop" if max_drop is not None else "metric" if metric is not None else "labels"
-        raise UsageError(f"{name} needs real inputs to compute the metric on; give them with data.")
+        raise UsageError(f"{name} needs real inputs to score the model on; give them with data.", name, "data")
     if labels is not None and not isinstance(labels, np.ndarray):
         labels = feeding.load_labels(labels)
     if metric is None and (max_drop is not None or labels is not None):

@@ -87,11 +87,13 @@ class Scheme:
             if getattr(self, option) is not None and option not in _WAYS[self.mode].options:
                 *most, last = (mode for mode, way in _WAYS.items() if option in way.options)
                 fit = f"{', '.join(most)} or {last}" if most else last
-                raise UsageError(f"{option} is for mode {fit}; leave it out with mode {self.mode}.")
+                raise UsageError(f"{option} is for mode {fit}; leave it out with mode {self.mode}.", option, "mode")
         if self.smooth is not None and self.mode != _SMOOTHED:
-            raise UsageError(f"smooth is for mode {_SMOOTHED}; leave it out with mode {self.mode}.")
+            raise UsageError(f"smooth is for mode {_SMOOTHED}; leave it out with mode {self.mode}.", "smooth", "mode")
         if self.block is not None and self.granularity is not None:
-            raise UsageError("block and granularity both say what shares a scale; give one of them.")
+            raise UsageError(
+                "block and granularity both say what shares a scale; give one of them.", "block", "granularity"
+            )
 
     def pipeline(self, target: Target, *, simplify: bool, data: bool) -> Pipeline:
         """Return the passes.

@@ -200,7 +200,7 @@ def test_a_model_the_runtime_cannot_run_is_still_optimized_and_said_so() -> None
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recipe": "lossless", "passes": "fuse-conv-bn"}, "either a recipe or passes"),
+        ({"recipe": "lossless", "passes": "fuse-conv-bn"}, "either recipe or passes"),
         ({"target": "cpo"}, 'Did you mean "cpu"'),
         ({"threads": 0}, "threads must be at least 1"),
         ({"max_error": -1.0}, "max_error must be at least 0"),

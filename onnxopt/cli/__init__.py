@@ -11,6 +11,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import signal
 import sys
 import traceback
@@ -19,7 +20,7 @@ from typing import NoReturn
 import click
 
 from onnxopt import __version__
-from onnxopt.errors import OnnxOptError
+from onnxopt.errors import OnnxOptError, UsageError
 from onnxopt.report.words import sentence
 
 _COMMANDS: dict[str, tuple[str, str]] = {
@@ -96,6 +97,8 @@ class LazyGroup(click.Group):
             return super().invoke(ctx)
         except (click.ClickException, click.Abort, click.exceptions.Exit):
             raise
+        except UsageError as error:
+            _end(ctx, f"Error: {sentence(_with_option_names(error))}", error.exit_code)
         except OnnxOptError as error:
             _end(ctx, f"Error: {sentence(str(error))}", error.exit_code)
         except KeyboardInterrupt:
@@ -117,6 +120,14 @@ class LazyGroup(click.Group):
                 f"{DEBUG_VARIABLE}=1 for the traceback.",
                 EXIT_INTERNAL,
             )
+
+
+def _with_option_names(error: UsageError) -> str:
+    """Return the message with arguments of the library under the names that the command line has for them."""
+    message = str(error)
+    for option in error.options:
+        message = re.sub(rf"(?<![\w-]){option}\b", f"--{option.replace('_', '-')}", message)
+    return message
 
 
 def _end(ctx: click.Context, message: str, code: int) -> NoReturn:

@@ -13,7 +13,7 @@ from onnxopt.cli import files, written
 from onnxopt.cli.output import show
 from onnxopt.cli.progress import drawing
 from onnxopt.errors import UsageError, VerificationError
-from onnxopt.report.words import count, sentence
+from onnxopt.report.words import count
 
 if TYPE_CHECKING:
     from onnxopt.contract import Progress
@@ -135,13 +135,11 @@ def _write_report(report: Report, path: Path) -> None:
 
 def _warn(report: Report, wanted: Ending) -> None:
     """Say what even a quiet run must say: what was asked for and could not be done, and that it got slower."""
-    if wanted.verify and report.verification is None:
-        click.echo(f"Warning: NOT VERIFIED: {sentence(report.not_verified)}", err=True)
-    if wanted.measure and report.measurement is None:
-        click.echo(f"Warning: NOT MEASURED: {sentence(report.not_measured)}", err=True)
-    if report.measurement is not None and report.measurement.verdict == "slower":
-        from onnxopt.report.summary import slower
+    from onnxopt.report.summary import not_done, slower
 
+    for warning in not_done(report, verify=wanted.verify, measure=wanted.measure):
+        click.echo(f"Warning: {warning}", err=True)
+    if report.measurement is not None and report.measurement.verdict == "slower":
         click.echo(f"Warning: {slower(report.measurement)}", err=True)
 
 

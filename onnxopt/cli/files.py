@@ -13,6 +13,8 @@ from onnxopt.errors import OutputError, UsageError
 def destination(source: str, output: str | None, *, in_place: bool) -> Path | None:
     """Return where the model goes, or None when nothing is to be written.
 
+    A link that is overwritten in place stays: the file it points to is replaced.
+
     Raises:
         UsageError: If the options contradict each other, or the input would be overwritten without `--in-place`.
         OutputError: If nothing can be written there.
@@ -23,7 +25,7 @@ def destination(source: str, output: str | None, *, in_place: bool) -> Path | No
         raise UsageError("Give either --output or --in-place, not both.")
     if output is not None and _same(Path(output), Path(source)):
         raise UsageError(f"{output} is the input itself; use --in-place to overwrite it.")
-    path = source if in_place else output
+    path = os.path.realpath(source) if in_place and Path(source).is_symlink() else source if in_place else output
     if path is None:
         return None
     check_output(path)

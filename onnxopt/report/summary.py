@@ -96,15 +96,28 @@ def speed(measurement: Measurement) -> str:
 def warnings(report: Report) -> list[str]:
     """Return what must not be overlooked: failed or missing verification, missing measurement, a slower result."""
     found = []
-    if report.verification is None:
-        found.append(f"NOT VERIFIED: {words.sentence(report.not_verified or 'no reason is known')}")
-    elif not report.verification.ok:
+    if report.verification is not None and not report.verification.ok:
         found.append(f"FAILED VERIFICATION: {words.sentence(report.verification.reason)}")
-    if report.measurement is None:
-        found.append(f"NOT MEASURED: {words.sentence(report.not_measured or 'no reason is known')}")
-    elif report.measurement.verdict == "slower":
+    found += not_done(report, verify=True, measure=True)
+    if report.measurement is not None and report.measurement.verdict == "slower":
         found.append(slower(report.measurement))
     return found
+
+
+def not_done(report: Report, *, verify: bool, measure: bool) -> list[str]:
+    """Return what could not be done and why, a reason for both only once.
+
+    Args:
+        report: The report.
+        verify: Whether a missing verification is told.
+        measure: Whether a missing measurement is told.
+    """
+    reasons: dict[str, list[str]] = {}
+    if verify and report.verification is None:
+        reasons.setdefault(report.not_verified or "no reason is known", []).append("NOT VERIFIED")
+    if measure and report.measurement is None:
+        reasons.setdefault(report.not_measured or "no reason is known", []).append("NOT MEASURED")
+    return [f"{' and '.join(what)}: {words.sentence(reason)}" for reason, what in reasons.items()]
 
 
 def slower(measurement: Measurement) -> str:

@@ -93,6 +93,15 @@ def test_in_place(invoke: Invoke, model: Path) -> None:
     assert names_in(model.parent) == {"model.onnx"}
 
 
+def test_in_place_writes_through_a_link(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link.onnx"
+    link.symlink_to(model)
+    assert invoke("optimize", link, "--in-place", FAST).exit_code == 0
+    assert link.is_symlink()
+    assert nodes(model) == ["MatMul"]
+    assert names_in(model.parent) == {"model.onnx"}
+
+
 def test_the_input_is_not_overwritten_by_accident(invoke: Invoke, model: Path) -> None:
     before = model.read_bytes()
     link = model.with_name("link.onnx")
@@ -246,12 +255,14 @@ def test_options_reach_the_run(invoke: Invoke, model: Path, tmp_path: Path) -> N
         (["-p", ""], "The pipeline is empty"),
         (["-r", "losless"], 'Did you mean "lossless"?'),
         (["-r", "absent.toml"], "Cannot read the recipe absent.toml"),
-        (["-r", "small", "-p", "fuse-conv-bn"], "not both"),
+        (["-r", "small", "-p", "fuse-conv-bn"], "Give either --recipe or --passes, not both."),
         (["--target", "gpu"], "'cuda'"),
         (["--threads", "0"], "x>=1"),
         (["--max-error", "-1"], "must be 0 or more"),
         (["--max-error", "nan"], "must be 0 or more"),
-        (["--max-drop", "0.5%"], "needs"),
+        (["--max-drop", "0.5%"], "--max-drop needs real inputs to score the model on; give them with --data."),
+        (["--metric", "top1"], "--metric needs real inputs to score the model on; give them with --data."),
+        (["--labels", "labels.npy"], "--labels needs real inputs to score the model on; give them with --data."),
         (["--max-drop", "5"], "ambiguous"),
         (["--shape", "batch"], "AXIS=N"),
         (["--fix-shape", "nonesuch=1"], "nonesuch"),

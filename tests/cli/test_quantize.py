@@ -64,9 +64,9 @@ def test_exclude(invoke: Invoke, model: Path, tmp_path: Path) -> None:
         (["--mode", "weights", "--bits", "3"], "'4'"),
         (
             ["--mode", "static", "--bits", "4"],
-            "bits is for mode dynamic, weights or matmul; leave it out with mode static.",
+            "--bits is for --mode dynamic, weights or matmul; leave it out with --mode static.",
         ),
-        (["--mode", "weights", "--smooth"], "smooth is for mode dynamic"),
+        (["--mode", "weights", "--smooth"], "--smooth is for --mode dynamic"),
         (["--mode", "weights", "--block", "0"], "x>=1"),
         (["--mode", "weights", "--exclude", "frist"], 'called "frist". Near it are: first, '),
         (["--mode", "weights", "--max-drop", "1%"], "needs real inputs"),
