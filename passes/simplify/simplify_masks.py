@@ -313,14 +313,26 @@ def _is_score(value: ir.Value, shapes: Shapes) -> bool:
             return True
         if is_op(node, "Where"):
             source = _where_kept(node, shapes)
-        elif is_op(node, "Mul", "Div", "Reshape", "Transpose", "Cast", "Identity", "Tanh"):
-            source = next((v for v in node.inputs if v is not None and constant_scalar(v) is None), None)
+        elif is_op(node, "Mul", "Div"):
+            source = _scaled(node)
+        elif is_op(node, "Reshape", "Transpose", "Cast", "Identity", "Tanh"):
+            source = node.inputs[0]
         else:
             return False
         if source is None:
             return False
         value = source
     return False
+
+
+def _scaled(node: ir.Node) -> ir.Value | None:
+    """Return what a constant number multiplies or divides; any other factor may be infinite."""
+    first, second = node.inputs
+    for source, factor in ((first, second), (second, first)):
+        number = constant_scalar(factor)
+        if number is not None and math.isfinite(number) and (is_op(node, "Mul") or (factor is second and number != 0)):
+            return source
+    return None
 
 
 def _where_kept(node: ir.Node, shapes: Shapes) -> ir.Value | None:

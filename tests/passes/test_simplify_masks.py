@@ -173,6 +173,21 @@ def test_a_guard_of_something_else_stays(rewritten):
     assert "the softmax is not over the last axis" in found.refusals
 
 
+@pytest.mark.parametrize(
+    "masked", ["sm = Mul(k, s)", "sm = Mul(s, k)", "sm = Div(k, s)", "sm = Div(k, zero)", "sm = Div(few, k)", "sm = Mul(inf, k)"]
+)  # fmt: skip
+def test_scores_times_something_that_may_be_infinite_are_guarded(rewritten, masked):
+    found = rewritten(model(f"{SCORES} {masked} {GUARD}"), PASSES, verify=False)
+    assert found.ops["IsNaN"] == 1
+    assert "it is not known that what is put into the softmax is finite" in found.refusals
+
+
+def test_scaled_scores_need_no_guard(rewritten):
+    found = rewritten(model(f"{SCORES} ks = Mul(few, k) kd = Div(ks, few) sm = Reshape(kd, whole) {GUARD}".replace(
+        "st =", "whole = Shape(s) st =", 1)), PASSES)  # fmt: skip
+    assert "IsNaN" not in found.ops
+
+
 def test_a_causal_constant_keeps_a_key_in_every_row(rewritten):
     nodes = "st = Transpose<perm=[0,1,3,2]>(s) k = MatMul(s, st) m = Where(square, zero, inf) sm = Add(k, m) " + GUARD
     proto = model(nodes, inputs="float[B,2,4,4] s", outputs="float[B,2,4,4] y")
