@@ -9,7 +9,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from onnx import numpy_helper
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
 
 from onnxopt.analysis.dims import evaluate
 from onnxopt.analysis.shapes import Shapes
@@ -51,7 +53,7 @@ def read(nodes: str, **allowed: bool) -> tuple[onnx.ModelProto, View]:
 
 def shown(found: View, x: np.ndarray) -> np.ndarray:
     """Return the elements that a view of x shows."""
-    sizes = {("B", False): x.shape[0], ("S", False): x.shape[1]}
+    sizes = dict(zip([("B", False), ("S", False)], x.shape, strict=False))
     axes = [[(leaf, evaluate(leaf.size, sizes)) for leaf in axis] for axis in found.axes]
     shape = [int(np.prod([size for _, size in axis])) for axis in axes]
     result = np.empty(shape, x.dtype)
@@ -137,3 +139,90 @@ def test_a_size_is_read_off_an_input() -> None:
     found = measured(shape[0], [model.graph.outputs[0]], model.graph, shapes)
     assert found is not None
     assert (found[0].name, found[1]) == ("x", 1)
+
+
+class Chain:
+    """A chain of nodes over an input x of a known shape, and what numpy makes of it."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.x = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+        self.array = self.x
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def add(
+        self, op: str, result: np.ndarray, constants: tuple[object, ...] = (), place: int = 0, **given: object
+    ) -> None:
+        """Add a node; `place` says which of `outputs` of a Split goes on."""
+        at = len(self.nodes)
+        names = [f"c{at}_{i}" for i in range(len(constants))]
+        self.constants += [numpy_helper.from_array(np.asarray(c), n) for c, n in zip(constants, names, strict=True)]
+        outputs = [f"v{at}" if i == place else f"v{at}_{i}" for i in range(int(str(given.pop("outputs", 1))))]
+        self.nodes.append(helper.make_node(op, [f"v{at - 1}" if at else "x", *names], outputs, **given))
+        self.array = result
+
+    def model(self) -> ir.Model:
+        """Return the model, without any shape but that of x."""
+        last = f"v{len(self.nodes) - 1}"
+        inputs = [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, self.x.shape)]
+        outputs = [helper.make_tensor_value_info(last, onnx.TensorProto.FLOAT, None)]
+        graph = helper.make_graph(self.nodes, "g", inputs, outputs, self.constants)
+        return ir.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9))
+
+
+def factorizations(number: int, draw: st.DrawFn) -> list[int]:
+    sizes = []
+    while number > 1:
+        sizes.append(draw(st.sampled_from([d for d in range(1, number + 1) if number % d == 0])))
+        number //= sizes[-1]
+    return sizes or [1]
+
+
+@st.composite
+def chains(draw: st.DrawFn) -> Chain:
+    chain = Chain(tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=1, max_size=4))))
+    for _ in range(draw(st.integers(1, 6))):
+        array = chain.array
+        axis = draw(st.integers(0, array.ndim - 1))
+        size = array.shape[axis]
+        match draw(st.sampled_from(["Reshape", "Transpose", "Slice", "Gather", "Split", "Expand", "Unsqueeze", "Mul"])):
+            case "Reshape" if array.size:
+                shape = np.array(factorizations(array.size, draw))
+                chain.add("Reshape", array.reshape(shape), (shape,))
+            case "Transpose":
+                perm = draw(st.permutations(range(array.ndim)))
+                chain.add("Transpose", array.transpose(perm), perm=perm)
+            case "Slice":
+                start, end = draw(st.integers(-size - 1, size)), draw(st.integers(-size, size + 1))
+                step = draw(st.sampled_from([1, 1, 2, 3]))
+                kept = array[(slice(None),) * axis + (slice(start, end, step),)]
+                chain.add("Slice", kept, tuple(np.array([c]) for c in (start, end, axis - array.ndim, step)))
+            case "Gather" if size and array.ndim > 1:
+                index = draw(st.sampled_from([np.array(-1), np.array([size - 1]), np.array(0), np.array([[0]])]))
+                chain.add("Gather", array.take(index, axis), (index,), axis=axis)
+            case "Split" if size > 1:
+                first = draw(st.integers(1, size - 1))
+                place = draw(st.integers(0, 1))
+                parts = np.split(array, [first], axis)
+                chain.add("Split", parts[place], (np.array([first, size - first]),), place, axis=axis, outputs=2)
+            case "Expand" if size == 1 and array.size < 100:
+                shape = np.array([2, *array.shape[:axis], 3, *array.shape[axis + 1 :]])
+                chain.add("Expand", np.broadcast_to(array, shape), (shape,))
+            case "Unsqueeze" if array.ndim < 6:
+                chain.add("Unsqueeze", np.expand_dims(array, axis), (np.array([axis]),))
+            case "Mul":
+                chain.add("Mul", array * np.float32(0.5), (np.array([0.5], np.float32),))
+    if not chain.nodes:
+        chain.add("Identity", chain.array)
+    return chain
+
+
+@settings(max_examples=300, deadline=None)
+@given(chains())
+def test_views_of_random_chains_show_what_numpy_does(chain: Chain) -> None:
+    model = chain.model()
+    shapes = Shapes(model)
+    found = view(model.graph.outputs[0], shapes)
+    assert found is not None
+    if found.source.name == "x":
+        np.testing.assert_array_equal(shown(found, chain.x), chain.array)
