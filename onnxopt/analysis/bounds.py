@@ -126,6 +126,13 @@ def _union(found: Sequence[Bounds]) -> Bounds:
     return Bounds(min(b.low for b in found), max(b.high for b in found))
 
 
+def _sum(first: Bounds, second: Bounds) -> Bounds | None:
+    """Return the bounds of a sum; opposite infinities make NaN."""
+    if any(a.high == math.inf and b.low == -math.inf for a, b in ((first, second), (second, first))):
+        return None
+    return Bounds(first.low + second.low, first.high + second.high)
+
+
 def _combined(op: str, found: Sequence[Bounds]) -> Bounds | None:
     first, *others = found
     match op:
@@ -138,9 +145,9 @@ def _combined(op: str, found: Sequence[Bounds]) -> Bounds | None:
         case "Trilu":
             return _union([first, Bounds(0, 0)])
         case "Add":
-            return Bounds(first.low + others[0].low, first.high + others[0].high)
+            return _sum(first, others[0])
         case "Sub":
-            return Bounds(first.low - others[0].high, first.high - others[0].low)
+            return _sum(first, Bounds(-others[0].high, -others[0].low))
         case "Mul":
             corners = [x * y for x in first for y in others[0]]
             # 0 * infinity is NaN, and so may an element between the corners be.
