@@ -27,6 +27,9 @@ from onnxopt.graph import (
 )
 
 CONTRIB = "com.microsoft"
+LEAST_ROWS, LEAST_COLUMNS = 64, 32
+"""Smaller weights gain nothing as integers. Measured on one core with AVX-512 VNNI for 1, 16, 128 and 1024 rows of
+activations: from 64 x 32 on 1.03 to 1.25 times as fast as float32; 16 columns .82 to 1.10, 32 rows .87 to 1.2."""
 _MOST_BIAS_BYTES = 1 << 24
 
 
@@ -230,3 +233,10 @@ def _per_column(value: ir.Value, columns: int, rank: int) -> bool:
     if array is None or array.ndim > rank or array.size not in (1, columns):
         return False
     return array.size == 1 or array.shape[-1] == columns
+
+
+def too_small(item: Product) -> str | None:
+    """Return that a product gains nothing from being computed with integers, or None."""
+    if item.rows < LEAST_ROWS or item.columns < LEAST_COLUMNS:
+        return f"its weight is too small to gain: less than {LEAST_ROWS} x {LEAST_COLUMNS}"
+    return None

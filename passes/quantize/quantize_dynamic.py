@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.products import CONTRIB, NoProduct, Product, product, products
+from onnxopt.analysis.products import CONTRIB, NoProduct, Product, product, products, too_small
 from onnxopt.analysis.weights import dtype_name
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
@@ -34,9 +34,6 @@ from onnxopt.rewrite import Builder
 
 NEEDED_OPSET = 11
 """DynamicQuantizeLinear is in the standard from this version on."""
-LEAST_ROWS, LEAST_COLUMNS = 64, 32
-"""Smaller weights gain nothing. Measured on one core with AVX-512 VNNI for 1, 16, 128 and 1024 rows of activations:
-from 64 x 32 on 1.03 to 1.25 times as fast as float32; 16 columns .82 to 1.10, 32 rows of the weight .87 to 1.2."""
 LEVELS = {8: 127, 7: 64}
 """The largest integer for a number of bits. Pairs of products 255 * 64 still fit into the 16 bits in which processors
 without VNNI add them up."""
@@ -122,8 +119,8 @@ class QuantizeDynamic(GraphPass):
         """Return why the layer cannot be quantized, as far as that shows without reading its weight, or None."""
         if item.tensor.dtype != ir.DataType.FLOAT:
             return f"its weight is {dtype_name(item.tensor.dtype)}, and the operator computes with float32 alone"
-        if item.rows < LEAST_ROWS or item.columns < LEAST_COLUMNS:
-            return f"its weight is too small to gain: less than {LEAST_ROWS} x {LEAST_COLUMNS}"
+        if reason := too_small(item):
+            return reason
         if ctx.target == "portable" and item.scope.opset < NEEDED_OPSET:
             return f"DynamicQuantizeLinear needs opset {NEEDED_OPSET}, and this graph has {item.scope.opset}"
         if item.in_attention:
