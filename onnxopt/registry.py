@@ -218,6 +218,16 @@ BUILTIN: dict[str, Entry] = dict(
             "Add up residuals so that the runtime keeps its faster normalization.",
         ),
         _entry(
+            "smooth-activations",
+            "quantize.smooth_activations:SmoothActivations",
+            "Even out the channels of activations, so that one 8-bit scale serves all of them.",
+        ),
+        _entry(
+            "quantize-dynamic",
+            "quantize.quantize_dynamic:QuantizeDynamic",
+            "Multiply 8-bit integers: weights quantized ahead, activations while the model runs.",
+        ),
+        _entry(
             "quantize-weights",
             "quantize.quantize_weights:QuantizeWeights",
             "Store weights as 8-bit integers, per tensor or per channel.",

@@ -179,6 +179,7 @@ def test_exact_passes_are_exact(spec, case):
         "deduplicate-initializers",
         "fuse-conv-bn",
         "quantize-weights",
+        "quantize-dynamic",
         "prune-weights",
     ],
 )
