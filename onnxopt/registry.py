@@ -228,6 +228,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Compute in float16 on cuda, except where numbers would overflow.",
         ),
         _entry(
+            "quantize-matmul",
+            "quantize.quantize_matmul:QuantizeMatMul",
+            "Compute products from weights of 2, 4 or 8 bits in blocks.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",
