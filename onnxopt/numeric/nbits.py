@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 
-FIRST = {8: 1.0, 4: 1.05, 2: 1.1}
-LAST = {8: 0.9, 4: 0.6, 2: 0.3}
+FIRST = {8: 1.005, 4: 1.05, 2: 1.1}
+LAST = {8: 0.98, 4: 0.6, 2: 0.3}
 STEPS = {8: 6, 4: 20, 2: 28}
 """By bits: the ranges tried for a block, as parts of its true one, from the first to the last in so many steps. A range
 wider than the true one can win because its levels lie elsewhere."""

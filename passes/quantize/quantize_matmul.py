@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ from onnxopt.rewrite import Builder
 MICROSOFT = "com.microsoft"
 BLOCKS = (16, 32, 64, 128, 256)
 ROUNDS_INPUTS = 4
-"""The accuracy level at which the CPU rounds the inputs to 8 bits as well; the exact levels take 3 to 7 times as long."""
+"""The accuracy level at which the CPU rounds the inputs to 8 bits as well; exact levels take 3 to 7 times as long."""
 
 LEAST_INPUTS, LEAST_OUTPUTS = 64, 32
 """Matrices that are narrower ran at 0.2 to 1.0 times the speed of a plain product, whatever the number of rows."""
@@ -228,9 +228,7 @@ class _Packed:
     inputs: int
 
 
-def _apply(
-    options: QuantizeMatMul, matrix: Matrix, gram: Gram | None, target: str, names: functools._lru_cache_wrapper[Names]
-) -> None:
+def _apply(options: QuantizeMatMul, matrix: Matrix, gram: Gram | None, target: str, names: Callable[[], Names]) -> None:
     constant = matrix.value.producer()
     first = constant if constant is not None else next(iter(matrix.scope.graph))
     builder = Builder(matrix.scope, names(), first, matrix.value.name or "weight")
@@ -286,7 +284,9 @@ def _gather(options: QuantizeMatMul, packed: _Packed, node: ir.Node, builder: Bu
     if packed.zero_points is not None:
         inputs.append(packed.zero_points)
     attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": options.block, "bits": options.bits}
-    return _typed(builder.op("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT), node.outputs[0])
+    result = builder.op("GatherBlockQuantized", inputs, attributes, domain=MICROSOFT)
+    result.dtype = packed.scales.dtype
+    return result
 
 
 def _multiply(options: QuantizeMatMul, packed: _Packed, product: Product, target: str, builder: Builder) -> ir.Value:
@@ -298,10 +298,8 @@ def _multiply(options: QuantizeMatMul, packed: _Packed, product: Product, target
     if target == "cpu":
         attributes["accuracy_level"] = ROUNDS_INPUTS
     result = builder.op("MatMulNBits", [*inputs, *optional], attributes, domain=MICROSOFT)
-    if product.node.op_type == "Attention":
-        result.dtype = product.result.dtype
-        return _attend(result, product, packed.outputs, builder)
-    return _typed(result, product.result)
+    result.dtype = packed.scales.dtype
+    return result if product.node.op_type != "Attention" else _attend(result, product, packed.outputs, builder)
 
 
 def _bias(product: Product, builder: Builder) -> ir.Value | None:
@@ -326,9 +324,6 @@ def _attend(projected: ir.Value, product: Product, channels: int, builder: Build
     inputs = [*parts, None, mask, added]
     while inputs[-1] is None:
         inputs.pop()
-    return _typed(builder.op("MultiHeadAttention", inputs, attributes, domain=MICROSOFT), product.result)
-
-
-def _typed(new: ir.Value, old: ir.Value) -> ir.Value:
-    new.type = old.type
-    return new
+    result = builder.op("MultiHeadAttention", inputs, attributes, domain=MICROSOFT)
+    result.dtype = projected.dtype
+    return result
