@@ -233,6 +233,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Compute products from weights of 2, 4 or 8 bits in blocks.",
         ),
         _entry(
+            "store-float16",
+            "quantize.store_float16:StoreFloat16",
+            "Store float32 constants in 16 bits, at no cost when running.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",
