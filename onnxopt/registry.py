@@ -220,7 +220,7 @@ BUILTIN: dict[str, Entry] = dict(
         _entry(
             "quantize-weights",
             "quantize.quantize_weights:QuantizeWeights",
-            "Store weights as 8-bit integers, per tensor or per channel.",
+            "Store weights as integers of 8, 4 or 2 bits, per tensor, channel or block.",
         ),
         _entry(
             "convert-float16",

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.weights import FLOATS
+from onnxopt.contract import Calibration
 from onnxopt.graph import Scope, attribute, constant_tensor, has_references, is_op, only_use, scopes, use_count
+from onnxopt.numeric.gram import Gram
+
+GRAM_BYTES = 1 << 30
+"""Gram matrices held at the same time; for larger models the data runs through the model several times."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -216,3 +221,37 @@ def _attention(scope: Scope, node: ir.Node, transposed: bool) -> Product:
     else:
         reason = ""
     return Product(scope, node, transposed, bias, output, reason)
+
+
+def portions(found: Sequence[Matrix]) -> Iterator[list[Matrix]]:
+    """Divide matrices so that the Gram matrices of each portion's inputs fit into memory."""
+    portion: list[Matrix] = []
+    room = GRAM_BYTES
+    for matrix in found:
+        size = matrix.sizes(matrix.products[0])[1] ** 2 * 4
+        if portion and size > room:
+            yield portion
+            portion, room = [], GRAM_BYTES
+        portion.append(matrix)
+        room -= size
+    if portion:
+        yield portion
+
+
+def grams(found: Sequence[Matrix], model: ir.Model, calibration: Calibration) -> dict[ir.Value, Gram]:
+    """Run data through the model and return X^T X of what each matrix is first multiplied with.
+
+    Matrices whose input calibration cannot see, because it lies in a nested graph or a function, are left out.
+    """
+    names = {matrix.value: name for matrix in found if (name := _observed(matrix))}
+    seen = {names[m.value]: Gram(m.sizes(m.products[0])[1]) for m in found if m.value in names}
+    calibration.observe(model, {name: [gram] for name, gram in seen.items()})
+    return {value: seen[name] for value, name in names.items() if seen[name].count}
+
+
+def _observed(matrix: Matrix) -> str:
+    product = matrix.products[0]
+    source = product.node.inputs[0]
+    if product.scope.path or source is None or not (source.producer() or source.is_graph_input()):
+        return ""
+    return source.name or ""

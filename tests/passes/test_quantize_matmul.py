@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxopt
+from onnxopt.analysis import products
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.contract import NEEDS_DATA, Context, Edit, Guarantee, Refusal
 from onnxopt.errors import UsageError
 from onnxopt.graph import all_nodes
 from onnxopt.numeric import gptq, nbits
-from onnxopt.passes.quantize import quantize_matmul
 from onnxopt.passes.quantize.quantize_matmul import QuantizeMatMul
 
 HEAD = '<ir_version: 10, opset_import: ["" : 18, "com.microsoft" : 1]>'
@@ -462,7 +462,7 @@ def test_gptq_halves_the_error():
 
 
 def test_data_goes_through_in_portions(monkeypatch):
-    monkeypatch.setattr(quantize_matmul, "GRAM_BYTES", 1)
+    monkeypatch.setattr(products, "GRAM_BYTES", 1)
     text = "g (float[n,96] x) => (float[n,96] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }"
     model = declare(text, {"w": random(96, 96), "v": random(96, 96, seed=1)})
     seen = []
