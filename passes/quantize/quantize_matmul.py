@@ -147,7 +147,7 @@ class QuantizeMatMul(GraphPass):
 
     def _shape_reason(self, matrix: Matrix, ctx: Context) -> str:
         outputs, inputs = matrix.sizes(matrix.products[0])
-        if any(matrix.sizes(p) != (outputs, inputs) for p in matrix.products):
+        if len({p.transposed for p in matrix.products}) > 1:
             return "the weight is multiplied with both ways round"
         if inputs < LEAST_INPUTS or outputs < LEAST_OUTPUTS:
             return f"a product of {inputs} inputs and {outputs} outputs is faster as it is"

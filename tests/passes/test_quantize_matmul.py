@@ -334,6 +334,11 @@ REFUSALS = {
         BIG,
         "the weight is multiplied with both ways round",
     ),
+    "square, both ways round": (
+        "g (float[n,96] x) => (float[n,96] y) { a = MatMul(x, w) y = Gemm<transB = 1>(a, w) }",
+        {"w": random(96, 96)},
+        "the weight is multiplied with both ways round",
+    ),
     "a view that is an output": (
         "g (float[n,80] x) => (float[n,96] y, float[80,96] t) { t = Transpose(w) y = MatMul(x, t) }",
         BIG,
