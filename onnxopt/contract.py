@@ -153,13 +153,19 @@ class GraphPass:
     Attributes:
         name: What pipelines call it, in kebab-case.
         guarantee: What it promises about the outputs.
-        needs_data: Whether it learns from `Context.calibration`. The user's samples are then divided: some to learn
-            from, the others to judge by.
+        needs_data: Whether it learns from `Context.calibration` whatever its options; see `wants_data`.
     """
 
     name: ClassVar[str]
     guarantee: ClassVar[Guarantee]
     needs_data: ClassVar[bool] = False
+
+    def wants_data(self) -> bool:
+        """Return whether it learns from `Context.calibration`, with the options it has.
+
+        The user's samples are then divided: some to learn from, the others to judge by.
+        """
+        return self.needs_data
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why the pass does not apply to this model, or None. Not applicable is not a failure."""

@@ -194,7 +194,7 @@ def carry_out(
         reference = models.fix_shape(source, settings.fix_shape) if settings.fix_shape else source
         samples = _samples(settings.data, reference)
         budget = _budget(settings, samples)
-        learning = any(p.needs_data for p in pipeline.passes)
+        learning = any(p.wants_data() for p in pipeline.passes)
         parts = split(samples, settings.seed) if learning and samples is not None else None
         if parts is not None:
             samples, budget = parts.evaluation, budget.on(parts)

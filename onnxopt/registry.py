@@ -230,12 +230,22 @@ BUILTIN: dict[str, Entry] = dict(
         _entry(
             "quantize-weights",
             "quantize.quantize_weights:QuantizeWeights",
-            "Store weights as 8-bit integers, per tensor or per channel.",
+            "Store weights as integers of 8, 4 or 2 bits, per tensor, channel or block.",
         ),
         _entry(
             "convert-float16",
             "quantize.convert_float16:ConvertFloat16",
             "Compute in float16 on cuda, except where numbers would overflow.",
+        ),
+        _entry(
+            "quantize-matmul",
+            "quantize.quantize_matmul:QuantizeMatMul",
+            "Compute products from weights of 2, 4 or 8 bits in blocks.",
+        ),
+        _entry(
+            "store-float16",
+            "quantize.store_float16:StoreFloat16",
+            "Store float32 constants in 16 bits, at no cost when running.",
         ),
         _entry(
             "prune-weights",

@@ -38,6 +38,8 @@ PASSES: dict[str, tuple[str, str]] = {
     "quantize-weights": ("quantize-weights", "portable"),
     "quantize-weights, dequantized": ("quantize-weights{form=dequantize}", "portable"),
     "quantize-weights, with zero points": ("quantize-weights{mode=minmax}", "portable"),
+    "quantize-weights, learnt": ("quantize-weights{method=gptq,block=32}", "portable"),
+    "quantize-matmul, learnt": ("quantize-matmul{bits=8,method=gptq}", "cpu"),
     "store-float16": ("store-float16", "portable"),
     "convert-float16": ("convert-float16", "cuda"),
 }

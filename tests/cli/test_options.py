@@ -74,6 +74,7 @@ def test_completion_offers_passes_after_each_comma() -> None:
 
 
 def test_completion_offers_pass_names() -> None:
+    assert "quantize-weights" in completions(["passes"], "quant")
     assert completions(["passes"], "quantize-w") == ["quantize-weights"]
 
 
