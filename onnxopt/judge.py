@@ -31,6 +31,7 @@ class Budget:
         metric: Name of the metric; None for none.
         labels: Labels of `data`, one per sample; None to judge by disagreement with the original.
         data: The samples the metric is computed on.
+        metric_reason: Why this metric; empty when the user named it.
     """
 
     max_error: float | None = None
@@ -38,6 +39,7 @@ class Budget:
     metric: str | None = None
     labels: np.ndarray | None = None
     data: Data | None = None
+    metric_reason: str = ""
 
     def on(self, parts: Split) -> Budget:
         """Return the same budget, judged by the evaluation samples."""

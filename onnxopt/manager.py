@@ -42,6 +42,9 @@ MAX_ROUNDS = 8
 MAX_GUILTY = 5
 """After this many guilty edits of one pass, an exact pass is dropped as a whole and a lossy one stops."""
 
+CRASHED = "crashed with"
+"""How the reason of what crashed begins."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
@@ -264,8 +267,14 @@ def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: De
 def _deny_crash(crash: _Crash, denials: Denials) -> None:
     if crash.site is None:
         denials.passes[crash.position] = crash.reason
-    else:
-        denials.deny(crash.site, crash.summary, crash.reason)
+        return
+    denials.deny(crash.site, crash.summary, crash.reason)
+    name = crash.site.pass_name
+    crashed = sum(d.site.pass_name == name and d.reason.startswith(CRASHED) for d in denials.sites.values())
+    if crashed >= MAX_GUILTY:
+        denials.passes[crash.position] = (
+            f"{crashed} of its edits crashed, so none of it is trusted; the last {crash.reason}"
+        )
 
 
 def _trial(
@@ -326,7 +335,7 @@ def _run_pass(
                 trial.applied.append(_Applied(position, item.site, item.summary))
         return True
     except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal
-        reason = f"crashed with {type(error).__name__}: {error}".strip().rstrip(":")
+        reason = f"{CRASHED} {type(error).__name__}: {error}".strip().rstrip(":")
         if edit is None:
             trial.crash = _Crash(position, None, "", reason)
         else:

@@ -17,6 +17,7 @@ an array or None. It returns a number; higher is better unless it has an attribu
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -33,11 +34,12 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt import model as models
+from onnxopt.analysis import task
 from onnxopt.compare.deviation import kind_of, nbytes
 from onnxopt.errors import DataError, UsageError
 from onnxopt.feeds import Data, Feed
 from onnxopt.registry import nearest
-from onnxopt.runtime import RunOptions, open_session
+from onnxopt.runtime import RunOptions, Session, open_session
 
 RESAMPLES = 2000
 
@@ -55,6 +57,12 @@ KEPT_BYTES = 2 << 30
 
 IGNORED = -1
 """Labels of this value or below, such as -100, mark positions that do not count for top1."""
+
+RARE = (3.0, 4.74, 6.3, 7.75, 9.15, 10.51, 11.84, 13.15, 14.43, 15.71, 16.96)
+"""With 95% confidence, no more events than this were to be expected where 0, 1, 2 ... were seen."""
+
+FEW = {2: 9.2, 3: 2.7, 4: 1.9}
+"""By how much the interval from so few samples is widened."""
 
 Outputs = Mapping[str, Any]
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -122,6 +130,28 @@ class _Score(Protocol):
         """Return the metric of both models over all samples."""
 
 
+def choose(model: ir.Model, labels: np.ndarray | None) -> tuple[str, str]:
+    """Return the metric that fits a model, and why.
+
+    Raises:
+        DataError: If no built-in metric does.
+    """
+    if task.main_output(model) is None:
+        names = ", ".join(v.name or "" for v in model.graph.outputs)
+        raise DataError(
+            f"No built-in metric fits the model, which has no floating-point output ({names}); name a function with "
+            "--metric module:function."
+        )
+    if labels is not None and labels.dtype.kind in "iub":
+        return "top1", "the labels are whole numbers"
+    scores = task.class_scores(model)
+    if scores is not None and labels is None:
+        return "top1", f"the main output comes from {scores}, as scores of classes do"
+    if labels is not None:
+        return "cosine", "the labels are no whole numbers"
+    return "cosine", "the main output holds no scores of classes"
+
+
 def evaluate(
     reference: Source,
     candidate: Source,
@@ -143,45 +173,113 @@ def evaluate(
         labels: One entry per sample along the first axis (per row of a fixed batch). None judges by the original's
             outputs.
         metric: "top1", "cosine", "mse", "spearman" or "module:function".
-        options: Provider, threads and custom operators to run with; the runtime's optimizations are on.
+        options: Provider, threads and custom operators to run with.
         seed: Seeds the bootstrap.
+
+    Returns:
+        The metric of both, the drop and its interval.
 
     Raises:
         UsageError: If there is no such metric.
         DataError: If labels or outputs do not fit the metric, or there are no samples.
-        RuntimeFailure: If a model cannot be run.
+        RuntimeFailure: If a model does not run.
     """
-    score = _score(metric)
-    samples = 0
-    for feed_outputs, label in zip(
-        _run_both(reference, candidate, data, options), _labels(labels, len(data)), strict=False
-    ):
-        score.add(*feed_outputs, label)
-        samples += 1
-    if samples == 0:
-        raise DataError(f"There are no samples to compute {metric} on.")
-    found = score.result(seed)
-    return MetricResult(
-        metric,
-        found.baseline,
-        found.candidate,
-        found.drop,
-        found.low,
-        found.high,
-        samples=samples,
-        labelled=labels is not None,
-    )
+    return Evaluator(reference, data, labels, metric, options, seed=seed, kept_bytes=0).evaluate(candidate)
 
 
-def _run_both(
-    reference: Source, candidate: Source, data: Data | Sequence[Feed], options: RunOptions | None
-) -> Iterator[tuple[Outputs, Outputs]]:
-    with (
-        open_session(models.load(reference), options, optimized=True) as one,
-        open_session(models.load(candidate), options, optimized=True) as two,
-    ):
-        for feed in data:
-            yield one.run(feed), two.run(feed)
+class Evaluator:
+    """Compares candidates with one original, whose outputs are computed once and kept as far as memory allows."""
+
+    def __init__(
+        self,
+        reference: Source,
+        data: Data | Sequence[Feed],
+        labels: np.ndarray | None,
+        metric: str = "top1",
+        options: RunOptions | None = None,
+        *,
+        seed: int = 0,
+        kept_bytes: int = KEPT_BYTES // 2,
+    ) -> None:
+        """Prepare to compare; nothing is run yet.
+
+        Args:
+            reference: The original; see `evaluate` for this and the other arguments.
+            data: The samples.
+            labels: One entry per sample, or None.
+            metric: Name of the metric.
+            options: How to run the models.
+            seed: Seeds the bootstrap.
+            kept_bytes: Outputs of the original up to this size are kept; those of further samples are computed anew
+                for every candidate.
+
+        Raises:
+            UsageError: If there is no such metric.
+        """
+        _score(metric)
+        self._reference = models.load(reference)
+        self._data, self._labels, self._metric = data, labels, metric
+        self._options, self._seed = options, seed
+        self._room = kept_bytes
+        self._kept: list[Outputs] = []
+
+    def evaluate(self, candidate: Source) -> MetricResult:
+        """Run a candidate over the data and compare it with the original.
+
+        Raises:
+            DataError: If labels or outputs do not fit the metric, or there are no samples.
+            RuntimeFailure: If a model does not run.
+        """
+        score = _score(self._metric)
+        samples = 0
+        for outputs, label in zip(
+            self._pairs(models.load(candidate)), _labels(self._labels, len(self._data)), strict=False
+        ):
+            score.add(*outputs, label)
+            samples += 1
+        if samples == 0:
+            raise DataError(f"There are no samples to compute {self._metric} on.")
+        found = score.result(self._seed)
+        return MetricResult(
+            self._metric,
+            found.baseline,
+            found.candidate,
+            found.drop,
+            found.low,
+            found.high,
+            samples=samples,
+            labelled=self._labels is not None,
+        )
+
+    def _pairs(self, candidate: ir.Model) -> Iterator[tuple[Outputs, Outputs]]:
+        """Yield the outputs of both models, sample by sample."""
+        with contextlib.ExitStack() as stack:
+            two = stack.enter_context(open_session(candidate, self._options, optimized=True))
+            one: Session | None = None
+            for number, feed in enumerate(self._data):
+                if number < len(self._kept):
+                    reference = self._kept[number]
+                else:
+                    if one is None:
+                        one = stack.enter_context(open_session(self._reference, self._options, optimized=True))
+                    reference = one.run(feed)
+                    self._keep(number, reference)
+                yield reference, two.run(feed)
+
+    def _keep(self, number: int, outputs: Outputs) -> None:
+        needed = outputs if ":" in self._metric else _without_others(outputs)
+        size = sum(nbytes(value) for value in needed.values())
+        if number == len(self._kept) and size <= self._room:
+            self._kept.append(needed)
+            self._room -= size
+
+
+def _without_others(outputs: Outputs) -> Outputs:
+    """Return the main output alone, or all when there is none."""
+    for name, value in outputs.items():
+        if isinstance(value, np.ndarray) and kind_of(value.dtype) == "float":
+            return {name: value}
+    return outputs
 
 
 def _labels(labels: np.ndarray | None, samples: int) -> Iterable[np.ndarray | None]:
@@ -275,20 +373,42 @@ class _Top1(_Mean):
 
     def __init__(self) -> None:
         super().__init__(_share_right, higher_is_better=True)
+        self._positions = 0
 
     def add(self, reference: Outputs, candidate: Outputs, label: np.ndarray | None) -> None:
         """Take in the outputs of both models for one sample."""
-        if label is None:
-            label = classes(main_output(reference))
+        found = classes(main_output(reference))
+        label = found if label is None else label
+        self._positions += max(1, int(np.count_nonzero(label > IGNORED)) if label.dtype.kind in "iuf" else found.size)
         super().add(reference, candidate, label)
 
     def result(self, seed: int) -> _Figures:
-        """Return the shares; where no sample differs, fewer than 3 in n do (with 95% confidence)."""
+        """Return the shares. The interval also holds what the number of samples that differ allows.
+
+        Resampling knows of no loss that was not seen, and takes a rare one for rarer than it may be.
+        """
         found = super().result(seed)
-        if found.low < found.high or found.drop:
-            return found
-        margin = min(1.0, 3 / len(self._pairs))
-        return dataclasses.replace(found, low=-margin, high=margin)
+        pairs = np.array(self._pairs)
+        drops = pairs[:, 0] - pairs[:, 1]
+        losses, gains = drops[drops > 0], -drops[drops < 0]
+        smallest = len(drops) / self._positions
+        return dataclasses.replace(
+            found,
+            low=min(found.low, -_most(gains, losses, len(drops), smallest)),
+            high=max(found.high, _most(losses, gains, len(drops), smallest)),
+        )
+
+
+def _most(losses: np.ndarray, gains: np.ndarray, samples: int, smallest: float) -> float:
+    """Return the largest mean loss that goes with the number of losses seen, at 95% confidence.
+
+    Losses are counted as rare events (Poisson); of losses never seen, one position each is assumed.
+    """
+    count = len(losses)
+    if count >= len(RARE):
+        return -math.inf
+    size = float(losses.mean()) if count else smallest
+    return min(1.0, (RARE[count] * size - float(gains.sum())) / samples)
 
 
 class _Spearman:
@@ -301,7 +421,7 @@ class _Spearman:
 
     def add(self, reference: Outputs, candidate: Outputs, label: np.ndarray | None) -> None:
         """Take in the outputs of both models for one sample."""
-        one, two = main_output(reference).reshape(-1), main_output(candidate).reshape(-1)
+        one, two = main_output(reference), main_output(candidate)
         if label is not None:
             if one.size != 1 or label.size != 1:
                 raise DataError(
@@ -476,9 +596,16 @@ def _alike(metric: str, output: np.ndarray, target: np.ndarray) -> tuple[np.ndar
 
 
 def _columns(vectors: list[np.ndarray]) -> np.ndarray:
+    """Return one row per sample; outputs that differ in length only are averaged over it.
+
+    Raises:
+        DataError: If the outputs differ in another way.
+    """
     if len({v.size for v in vectors}) > 1:
-        raise DataError("spearman needs outputs of one size; give samples of one shape.")
-    return np.stack(vectors)
+        if any(v.ndim < 3 for v in vectors) or len({(v.shape[0], v.shape[-1]) for v in vectors}) > 1:
+            raise DataError("spearman needs outputs of one size; give samples of one shape.")
+        vectors = [v.mean(axis=tuple(range(1, v.ndim - 1))) for v in vectors]
+    return np.stack([v.reshape(-1) for v in vectors])
 
 
 def _similarities(vectors: np.ndarray) -> np.ndarray:
@@ -500,8 +627,17 @@ def _checked(size: int, metric: str) -> int:
 def _bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
     means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return _widened(means, float(values.mean()), len(values))
+
+
+def _widened(resampled: list[float], found: float, samples: int) -> tuple[float, float]:
+    """Return the middle 95% of resampled values, widened as Student's t is for few samples."""
+    if samples < 2:
+        return -math.inf, math.inf
+    # of few samples the same one can be drawn again and again, which leaves nothing to correlate
+    low, high = np.nanquantile(resampled, [0.025, 0.975])
+    factor = FEW.get(samples, 1 + 2.2 / (samples - 1))
+    return found - max(0.0, found - float(low)) * factor, found + max(0.0, float(high) - found) * factor
 
 
 def _resampled(both: Callable[[np.ndarray], tuple[float, float]], samples: int, seed: int, *, sign: float) -> _Figures:
@@ -518,6 +654,4 @@ def _resampled(both: Callable[[np.ndarray], tuple[float, float]], samples: int, 
     for _ in range(times):
         one, two = both(rng.integers(samples, size=samples))
         drops.append(sign * (one - two))
-    # of few samples the same one can be drawn again and again, which leaves nothing to correlate
-    low, high = np.nanquantile(drops, [0.025, 0.975])
-    return _Figures(before, after, drop, float(low), float(high))
+    return _Figures(before, after, drop, *_widened(drops, drop, samples))

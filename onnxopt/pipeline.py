@@ -92,9 +92,6 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 
-BUDGET_RECIPE = "small"
-"""What runs instead of "lossless" when the user gives an error budget and names no recipe."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:

@@ -16,7 +16,8 @@ from onnxopt.analysis.selection import Selection
 from onnxopt.contract import Context, Guarantee, PassReport, Progress, Silent, Site, Target
 from onnxopt.errors import NothingDoneError, UsageError
 from onnxopt.feeds import Data
-from onnxopt.optimize import Result, Settings, Source, carry_out
+from onnxopt.ground import Settings, Source
+from onnxopt.optimize import Result, carry_out
 from onnxopt.pipeline import Pipeline, make_pass
 from onnxopt.registry import nearest
 

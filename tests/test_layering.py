@@ -18,7 +18,7 @@ LAYERS = [
     {"calibrate", "compare", "timing", "verify", "measure", "metrics"},
     {"manager"},
     {"judge", "report", "preview"},
-    {"slowness"},
+    {"slowness", "ground"},
     {"search"},
     {"optimize"},
     {"quantize"},

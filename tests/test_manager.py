@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import ClassVar
 
 import onnx_ir as ir
 import pytest
@@ -176,6 +177,26 @@ def test_a_crash_while_applying_is_rolled_back_and_named() -> None:
     (dropped,) = outcome.passes[0].dropped
     assert dropped.site == Site("crash", "", "v2")
     assert dropped.reason == "crashed with KeyError: 'boom'"
+
+
+def test_a_pass_that_crashes_at_every_edit_is_not_tried_at_all_of_them() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class CrashEverywhere(Rename):
+        name = "crash-everywhere"
+        runs: ClassVar[list[int]] = []
+
+        def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+            self.runs.append(1)
+            for edit in super().run(model, ctx):
+                assert isinstance(edit, Edit)
+                yield dataclasses.replace(edit, apply=lambda: 1 / 0)
+
+    outcome = manager.run(chain(40), [CrashEverywhere(), Rename(to="Neg")], CTX, None)
+    assert outcome.passes[0].reason == (
+        "5 of its edits crashed, so none of it is trusted; the last crashed with ZeroDivisionError: division by zero"
+    )
+    assert len(CrashEverywhere.runs) == manager.MAX_GUILTY
+    assert set(ops(outcome.model)) == {"Neg"}
 
 
 def test_crashes_are_survived_without_a_judge() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxopt.errors import DataError, UsageError
+from onnxopt.errors import DataError, OnnxOptError, UsageError
 from onnxopt.metrics import MetricResult, classes, evaluate, spearman
 
 metrics = importlib.import_module("onnxopt.metrics")
@@ -306,3 +306,80 @@ def test_budgets() -> None:
     assert not found.is_certain(0.005)
     assert found.is_certain(0.003)
     assert not MetricResult("mse", 0, math.nan, math.nan, math.nan, math.nan, 1, False).within(math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------- several candidates
+
+
+@pytest.mark.parametrize("metric", ["top1", "cosine", "mse", "spearman"])
+@pytest.mark.parametrize("room", [0, 40, 1 << 20])
+def test_the_original_runs_once_for_all_candidates(metric: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs beyond the memory for them are computed again."""
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((1, 3)).astype(np.float32)} for _ in range(12)]
+    candidates = [shifted(0.5), shifted(1.0)]
+    alone = [evaluate(SAME, c, data, None, metric) for c in candidates]
+    opened: list[ir.Model] = []
+    session = metrics.open_session
+
+    def counting(model: ir.Model, *args: Any, **options: Any) -> Any:
+        opened.append(model)
+        return session(model, *args, **options)
+
+    monkeypatch.setattr(metrics, "open_session", counting)
+    evaluator = metrics.Evaluator(SAME, data, None, metric, kept_bytes=room)
+    assert [evaluator.evaluate(c) for c in candidates] == alone
+    assert len(opened) == (3 if room > 1000 else 4)
+
+
+def test_a_candidate_that_fails_half_way_spoils_nothing() -> None:
+    data = one_hot(LABELS)
+    fixed = model("y = Reshape(x, s)", weights="int64[2] s = {1, 4}")
+    evaluator = metrics.Evaluator(SAME, data, None, "top1")
+    with pytest.raises(OnnxOptError):
+        evaluator.evaluate(fixed)
+    assert evaluator.evaluate(shifted(5)) == evaluate(SAME, shifted(5), data, None, "top1")
+
+
+def test_rare_losses_are_not_taken_for_rarer_than_they_may_be() -> None:
+    """One loss in 100: resampling alone says at most 3 in 100, and the exact limit is 4.7."""
+    labels = np.array([0] * 99 + [1])
+    found = evaluate(SAME, shifted(-5), one_hot(labels.tolist()), None, "top1")
+    assert found.drop == 0.01
+    assert found.high == pytest.approx(0.0474)
+
+
+def test_positions_count_where_nothing_differs() -> None:
+    tokens = model("y = Identity(x)", inputs="float[1, N, 3] x", outputs="float[1, N, 3] y")
+    data = [{"x": np.eye(3, dtype=np.float32)[None, [0, 1, 2, 2]]}] * 10
+    assert evaluate(tokens, tokens, data, None, "top1").high == pytest.approx(3 / 40)
+
+
+def test_a_single_sample_proves_nothing() -> None:
+    found = evaluate(SAME, shifted(1), one_hot([0]), None, "cosine")
+    assert (found.low, found.high) == (-math.inf, math.inf)
+
+
+def test_spearman_averages_over_the_length_where_samples_differ_in_it() -> None:
+    free = model("y = Identity(x)", inputs="float[1, T, 3] x", outputs="float[1, T, 3] y")
+    rng = np.random.default_rng(0)
+    data = [{"x": rng.standard_normal((1, int(t), 3)).astype(np.float32)} for t in rng.integers(2, 9, size=12)]
+    found = evaluate(free, free, data, None, "spearman")
+    assert (found.candidate, found.samples) == (1.0, 12)
+    pooled = [{"x": d["x"].mean(axis=1)} for d in data]
+    noisy = model("a = Add(x, w) y = Tanh(a)", weights="float[3] w = {0, 2, 0}")
+    spread = model("y = Add(x, w)", "float[3] w = {0, 2, 0}", "float[1, T, 3] x", "float[1, T, 3] y")
+    assert evaluate(free, spread, data, None, "spearman").candidate == pytest.approx(
+        evaluate(SAME, shifted(2), pooled, None, "spearman").candidate, abs=1e-6
+    )
+    assert evaluate(SAME, noisy, pooled, None, "spearman").candidate < 1
+
+
+def test_the_metric_that_fits_is_chosen_and_says_why() -> None:
+    scores = model("y = Softmax(x)")
+    assert metrics.choose(scores, None) == ("top1", "the main output comes from Softmax, as scores of classes do")
+    assert metrics.choose(SAME, None) == ("cosine", "the main output holds no scores of classes")
+    assert metrics.choose(SAME, np.array([1, 2])) == ("top1", "the labels are whole numbers")
+    assert metrics.choose(scores, np.array([[0.5]]))[0] == "cosine"
+    with pytest.raises(DataError, match="no floating-point output"):
+        metrics.choose(model("y = ArgMax(x)", outputs="int64[1, 3] y"), None)

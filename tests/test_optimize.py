@@ -174,9 +174,10 @@ def test_a_budget_of_accuracy_is_judged_on_labels() -> None:
     assert harsh.report.passes[0].dropped
 
 
-def test_a_budget_without_a_recipe_allows_lossy_passes() -> None:
+def test_a_recipe_beside_a_budget_is_run_and_not_searched() -> None:
     assert onnxopt.optimize(CNN, verify=False, measure=False).report.recipe == "lossless"
-    assert onnxopt.optimize(CNN, max_error=0.1, measure=False).report.recipe == "small"
+    report = onnxopt.optimize(CNN, recipe="small", max_error=0.1, measure=False).report
+    assert (report.recipe, report.search) == ("small", None)
 
 
 def test_fixed_shapes_are_written_and_run_shapes_are_not() -> None:

@@ -85,7 +85,7 @@ def test_a_budget_holds_layers_back() -> None:
 
 
 def test_a_slower_result_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    home = importlib.import_module("onnxopt.optimize")
+    home = importlib.import_module("onnxopt.ground")
     honest = home.measure_models
 
     def slow(*args: Any, **kwargs: Any) -> Measurement:

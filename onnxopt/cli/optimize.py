@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxopt.cli import options
 from onnxopt.cli.ending import ending, finish
+from onnxopt.errors import VerificationError
 
 _EPILOG = """
 \b
@@ -15,11 +19,13 @@ Examples:
   onnxopt optimize model.onnx -o model.opt.onnx
   onnxopt optimize model.onnx -o small.onnx --recipe small --report small.html
   onnxopt optimize model.onnx -o pruned.onnx -p "fuse-conv-bn,prune-weights{ratio=0.5}"
-  onnxopt optimize model.onnx -o small.onnx --max-drop 0.5% --data test.npz --labels labels.npy
+  onnxopt optimize model.onnx -o fast.onnx --target cpu --max-drop 0.5% --data test.npz --labels labels.npy
   onnxopt optimize model.onnx -o edge.onnx --fix-shape batch=1 --opset 17
 
-Lossy passes run only when they are named, or when --max-error or --max-drop gives them a budget. Named
-without a budget they are applied, and their deviation is reported.
+Lossy passes run only when they are named, or when --max-error or --max-drop gives a budget. A budget alone starts a
+search: ways to quantize the model are tried, judged on data that they do not learn from, and timed; the best
+within the budget is kept, if need be with the layers that cost most in floating point. Named without a budget, they are
+applied, and their deviation is reported.
 
 Exit codes: 0 done, and OUT was written if one was named; 1 verification failed, a budget was missed, or --strict
 found something (OUT is not written); 2 usage, unreadable input or unwritable output; 130 interrupted.
@@ -37,6 +43,7 @@ found something (OUT is not written); 2 usage, unreadable input or unwritable ou
     "Budget: the worst deviation of any output, as a fraction of the output's range; inf for no limit."
 )
 @options.drop_options
+@options.search_options
 @options.fix_shape_option()
 @options.running_options
 @options.force_calibration_option()
@@ -70,4 +77,22 @@ def command(
 
     from onnxopt.optimize import optimize
 
-    finish(lambda progress: optimize(model, progress=progress, **settings), wanted)
+    with _remembered(settings, wanted.out) as state:
+        finish(lambda progress: optimize(model, progress=progress, **settings | {"state": state}), wanted)
+
+
+@contextlib.contextmanager
+def _remembered(settings: dict[str, Any], out: Path | None) -> Iterator[str | None]:
+    """Give the file that a search is remembered in; one that was not asked for goes when the search is done."""
+    searching = settings["recipe"] is None and settings["passes"] is None
+    searching &= settings["max_error"] is not None or settings["max_drop"] is not None
+    if settings["state"] is not None or not searching or out is None:
+        yield settings["state"]
+        return
+    path = out.with_name(f"{out.name}.search.json")
+    try:
+        yield str(path)
+    except VerificationError:
+        path.unlink(missing_ok=True)
+        raise
+    path.unlink(missing_ok=True)

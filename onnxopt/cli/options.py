@@ -150,7 +150,7 @@ def recipe_option() -> Callable[[F], F]:
         "-r",
         metavar="NAME|FILE.toml",
         type=Choice("NAME", recipe_names, files=True),
-        help='A named pipeline, or a file with one. "lossless" by default; "small" when a budget is given.',
+        help='A named pipeline, or a file with one. "lossless" by default; given a budget alone, the best is searched.',
     )
 
 
@@ -248,8 +248,32 @@ def metric_option() -> Callable[[F], F]:
     return click.option(
         "--metric",
         type=Choice("NAME|MODULE:FUNCTION", _names(*METRICS)),
-        help='What --max-drop is about: top1, cosine, mse, spearman, or a function. "top1" by default.',
+        help="What --max-drop is about: top1, cosine, mse, spearman, or a function. By default what fits labels and "
+        "outputs.",
     )
+
+
+def search_options(function: F) -> F:
+    """Add the options of the search within a budget."""
+    decorators: tuple[Callable[[F], F], ...] = (
+        click.option(
+            "--objective",
+            type=click.Choice(("latency", "size")),
+            default="latency",
+            show_default=True,
+            help="Given a budget alone: search for the fastest model within it, or the smallest that is not slower.",
+        ),
+        click.option(
+            "--state",
+            metavar="FILE.json",
+            type=click.Path(dir_okay=False),
+            help="Where an interrupted search is remembered, to go on with the same command. By default "
+            "OUT.search.json until it is done.",
+        ),
+    )
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
 
 
 def json_option() -> Callable[[F], F]:

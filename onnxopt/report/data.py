@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from onnxopt.analysis.inspect import ModelStats
@@ -55,6 +55,93 @@ class SlowPass:
     edits: int
 
 
+CandidateStatus = Literal["winner", "kept", "over budget", "not proven", "slower", "failed"]
+
+Objective = Literal["latency", "size"]
+OBJECTIVES: tuple[Objective, ...] = ("latency", "size")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FloatLayer:
+    """A layer that the search left in floating point.
+
+    Attributes:
+        graph: Path of the graph it is in; empty for the main graph.
+        output: Name of its first output.
+        reason: Why it was left alone, in words.
+    """
+
+    graph: str
+    output: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to make the model faster or smaller that the search tried.
+
+    Attributes:
+        name: What it is, in a few words.
+        pipeline: Its lossy passes, which run behind the lossless ones; empty for keeping the model as it is.
+        status: "winner", "kept" (within the budget, but another one is better), "over budget", "not proven" (within the
+            budget as far as the samples show, which are too few), "slower" (than the original) or "failed".
+        reason: Why, in words.
+        ratio: Time of the candidate by time of the original; None when it was not measured.
+        low: Lower end of the 95% interval of the ratio.
+        high: Upper end.
+        bytes: Size in files; None when there is no model.
+        worst: Worst deviation of an output relative to its range; None when quality was not looked at.
+        metric: The task metric; None when there is none, or quality was not looked at.
+        in_float: Layers that were left in floating point to meet the budget.
+    """
+
+    name: str
+    pipeline: str
+    status: CandidateStatus
+    reason: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    bytes: int | None
+    worst: float | None
+    metric: MetricResult | None
+    in_float: tuple[FloatLayer, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SearchReport:
+    """What a search within a budget tried, and what it chose.
+
+    Attributes:
+        objective: "latency" or "size".
+        max_error: Budget: worst deviation of an output relative to its range; None when not limited.
+        max_drop: Budget: largest drop of the metric; None when not limited.
+        metric: Name of the metric; empty when there is none.
+        metric_reason: Why this metric; empty when the user chose it.
+        samples: Samples that judged.
+        calibration_samples: Samples that passes learnt from; none of them judged unless a note says so.
+        candidates: Everything that was tried, the winner first, then in the order of trying.
+        resumed: How many of them were known from an interrupted search.
+        notes: What to know about the data, in sentences.
+    """
+
+    objective: Objective
+    max_error: float | None
+    max_drop: float | None
+    metric: str
+    metric_reason: str
+    samples: int
+    calibration_samples: int
+    candidates: tuple[Candidate, ...]
+    resumed: int
+    notes: tuple[str, ...]
+
+    @property
+    def winner(self) -> Candidate:
+        """The candidate that was chosen."""
+        return self.candidates[0]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Report:
     """Everything one run did, gained and cost.
@@ -81,6 +168,7 @@ class Report:
         notes: Sentences a user should know.
         seconds: Wall time of each stage, in order.
         fixed_axes: Dynamic axes that were given a fixed size, as asked for.
+        search: The candidates that were tried within a budget; None when nothing was searched.
     """
 
     schema_version: int
@@ -104,6 +192,7 @@ class Report:
     notes: tuple[str, ...]
     seconds: tuple[tuple[str, float], ...]
     fixed_axes: tuple[tuple[str, int], ...] = ()
+    search: SearchReport | None = None
 
     @property
     def applied(self) -> int:

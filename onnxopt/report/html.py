@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report import charts, summary, words
+from onnxopt.report import charts, pareto, summary, words
 from onnxopt.report.markup import Html, joined, tag
 from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
     from onnxopt.contract import PassReport, Site
-    from onnxopt.report.data import Report
+    from onnxopt.report.data import Candidate, Report, SearchReport
     from onnxopt.verify import OutputDeviation, Verification
 
 EDITS = 500
@@ -107,6 +107,8 @@ def _tile(label: str, figure: str, detail: str, style: str = "") -> Html:
 
 def _sections(report: Report) -> Iterable[Html]:
     yield _section("Result against original", charts.ratio_chart(_bars(report)), _comparison(report))
+    if report.search is not None:
+        yield _section("Search", *_search(report.search))
     if report.verification is not None:
         yield _section("Outputs", *_outputs(report.verification, report.data))
     yield _section("Passes", *_passes(report))
@@ -200,6 +202,43 @@ def _output_row(output: OutputDeviation) -> Html:
         *(tag("td", n, class_="number") for n in numbers),
         tag("td", first, class_="first"),
         tag("td", "ok" if output.ok else "differs", class_="good" if output.ok else "bad"),
+    )
+
+
+def _search(search: SearchReport) -> Iterable[Html]:
+    yield tag("p", f"{summary.searched(search)}.", class_="dim")
+    picture = pareto.picture(search)
+    if picture:
+        yield picture
+    titles = ("candidate", "speed", "size", summary.quality_title(search), "", "why")
+    yield _table(titles, [_candidate_row(c) for c in search.candidates], numbers=(1, 2, 3))
+    for candidate in search.candidates:
+        if candidate.in_float:
+            rows = [
+                tag(
+                    "tr",
+                    tag("td", joined((layer.output, tag("div", layer.graph, class_="dim"))), class_="name"),
+                    tag("td", words.sentence(layer.reason)),
+                )
+                for layer in candidate.in_float[:EDITS]
+            ]
+            title = f"{candidate.name}: which layers, and why"
+            yield tag("details", tag("summary", title), _table(("layer", "why it is left in float"), rows))
+
+
+_CANDIDATE_STYLE = {"winner": "good", "over budget": "bad", "failed": "bad"}
+
+
+def _candidate_row(candidate: Candidate) -> Html:
+    speed, size, quality = summary.candidate_cells(candidate)
+    return tag(
+        "tr",
+        tag(
+            "th", joined((candidate.name, tag("div", candidate.pipeline.replace(",", ", "), class_="dim"))), scope="row"
+        ),
+        *(tag("td", cell, class_="number") for cell in (speed, size, quality)),
+        tag("td", candidate.status, class_=f"first {_CANDIDATE_STYLE.get(candidate.status, '')}".strip()),
+        tag("td", words.sentence(candidate.reason)),
     )
 
 

@@ -62,6 +62,9 @@ svg text { fill: var(--dim); font-size: 11px; }
 .rail { stroke: var(--line); }
 .allowed { fill: var(--allowed); }
 .limit { stroke: var(--ink); stroke-width: 1.5; }
+.pareto { width: 100%; height: auto; margin: 4px 0 14px; }
+.front { fill: none; stroke: var(--good); stroke-width: 1.5; stroke-dasharray: 4 3; }
+.disc { fill-opacity: .75; stroke: var(--card); stroke-width: 1; }
 .stage { fill: var(--stage); }
 rect.pass-kept { fill: var(--good); } rect.pass-dropped { fill: var(--bad); }
 rect.pass-unchanged { fill: var(--same); } rect.pass-skipped { fill: var(--warn); }

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from onnxopt.contract import PassReport
     from onnxopt.measure import Latency, Measurement
     from onnxopt.metrics import MetricResult
-    from onnxopt.report.data import Report, SlowPass
+    from onnxopt.report.data import Candidate, FloatLayer, Report, SearchReport, SlowPass
     from onnxopt.verify import OutputDeviation, Verification
 
 
@@ -190,6 +190,64 @@ def _metric_row(metric: MetricResult) -> Row:
     return Row(words.printable(metric.name), f"{metric.baseline:.4g}", f"{metric.candidate:.4g}", drop)
 
 
+def searched(search: SearchReport) -> str:
+    """Return what was searched for and how it was judged, in a sentence."""
+    goal = "the fastest" if search.objective == "latency" else "the smallest that is not slower"
+    limits = []
+    if search.max_drop is not None:
+        limits.append(f"a drop of {words.printable(search.metric)} up to {search.max_drop:.4g}")
+    if search.max_error is not None:
+        any_error = math.isinf(search.max_error)
+        limits.append("any deviation" if any_error else f"a deviation up to {search.max_error:.4g} of the range")
+    learnt = f", learnt from {search.calibration_samples:,} others" if search.calibration_samples else ""
+    return (
+        f"{words.count(len(search.candidates), 'candidate')}; wanted: {goal} with {' and '.join(limits)}; judged by "
+        f"{words.count(search.samples, 'sample')}{learnt}"
+    )
+
+
+def candidate_cells(candidate: Candidate) -> tuple[str, str, str]:
+    """Return speed, size and quality of a candidate."""
+    ratio = candidate.ratio
+    speed = "-" if ratio is None else words.factor(1 / ratio)
+    size = "-" if candidate.bytes is None else words.size(candidate.bytes)
+    return speed, size, _quality(candidate)
+
+
+def _quality(candidate: Candidate) -> str:
+    metric = candidate.metric
+    if metric is None:
+        return "-" if candidate.worst is None else f"deviates {words.deviation(candidate.worst)}"
+    interval = f" ({metric.low:.2g} to {metric.high:.2g})" if math.isfinite(metric.high - metric.low) else ""
+    return f"{_short(metric.drop)}{interval}"
+
+
+def _short(number: float) -> str:
+    return "0" if number == 0 else f"{number:.2g}"
+
+
+def quality_title(search: SearchReport) -> str:
+    """Return what the column of qualities shows."""
+    return f"drop of {words.printable(search.metric)}" if search.metric else "worst deviation"
+
+
+def float_layers(layers: Sequence[FloatLayer], limit: int) -> str:
+    """Name the layers left in floating point, at most `limit` of them."""
+    named = [words.printable(layer.output) for layer in layers[:limit]]
+    rest = len(layers) - len(named)
+    return ", ".join(named) + (f" and {rest:,} more" if rest > 0 else "")
+
+
+def search_notes(search: SearchReport) -> list[str]:
+    """Return what a user should know about a search, one sentence each."""
+    found = list(search.notes)
+    if search.metric_reason:
+        found.append(f"The metric is {search.metric}, because {search.metric_reason}.")
+    if search.resumed:
+        found.append(f"{words.count(search.resumed, 'candidate')} known from before the interruption.")
+    return [words.sentence(text) for text in found]
+
+
 def outcome(done: PassReport, slow: Sequence[SlowPass]) -> str:
     """Return what became of a pass, in words."""
     taken = next((s for s in slow if s.spec == done.spec), None)
@@ -270,6 +328,8 @@ def elsewhere(measurement: Measurement | Latency) -> str:
 def notes(report: Report) -> list[str]:
     """Return what a user should know besides the figures, one sentence each."""
     found = [words.sentence(note) for note in report.notes]
+    if report.search is not None:
+        found.extend(search_notes(report.search))
     if report.measurement is not None and report.measurement.elsewhere:
         found.append(elsewhere(report.measurement))
     if report.metric is not None:

@@ -17,7 +17,7 @@ from onnxopt.report import summary, words
 
 if TYPE_CHECKING:
     from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
-    from onnxopt.report.data import Environment, Report
+    from onnxopt.report.data import Candidate, Environment, Report, SearchReport
     from onnxopt.verify import OutputDeviation, Verification
 
 SITES = 2
@@ -33,6 +33,14 @@ IDLE = 3
 """From so many on, passes that found nothing are named together."""
 
 _STATUS_STYLE = {"kept": "green", "dropped": "bold red", "skipped": "yellow", "unchanged": "dim"}
+_CANDIDATE_STYLE = {
+    "winner": "bold green",
+    "kept": "",
+    "over budget": "red",
+    "not proven": "yellow",
+    "slower": "yellow",
+    "failed": "red",
+}
 _INDENT = 4
 _STATUS = 11
 
@@ -46,6 +54,8 @@ def render(report: Report, console: Console, verbose: bool = False) -> None:
         verbose: List every edit, near miss and output.
     """
     _headline(report, console)
+    if report.search is not None:
+        _search(report.search, console, verbose=verbose)
     _passes(report, console, verbose=verbose)
     _comparison(report, console)
     if report.verification is not None and report.verification.outputs:
@@ -79,6 +89,44 @@ def _headline(report: Report, console: Console) -> None:
 def _heading(text: str, console: Console, aside: str = "") -> None:
     console.print()
     console.print(Text.assemble((text, "bold cyan"), (f"  {aside}" if aside else "", "dim")))
+
+
+def _search(search: SearchReport, console: Console, *, verbose: bool) -> None:
+    """List what was tried; the reasons stand below the table."""
+    _heading("Search", console)
+    console.print(Padding(Text(f"{summary.searched(search)}.", style="dim"), (0, 0, 0, 2)))
+    table = _table()
+    table.add_column("candidate", ratio=1, overflow="fold")
+    for title in ("speed", "size", summary.quality_title(search)):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    for candidate in search.candidates:
+        style = _CANDIDATE_STYLE[candidate.status]
+        name = Text(words.printable(candidate.name), style="bold" if candidate.status == "winner" else "")
+        cells = (Text(cell) for cell in summary.candidate_cells(candidate))
+        table.add_row(name, *cells, Text(candidate.status, style=style))
+    console.print(Padding(table, (0, 0, 0, 1)))
+    for candidate in search.candidates:
+        if verbose or candidate.status != "kept" or candidate.in_float:
+            _candidate(candidate, console, verbose=verbose)
+
+
+def _candidate(candidate: Candidate, console: Console, *, verbose: bool) -> None:
+    """Say what became of a candidate, and which layers it leaves alone."""
+    text = Text(f"{words.printable(candidate.name)}: ", style=_CANDIDATE_STYLE[candidate.status])
+    text.append(words.sentence(candidate.reason), style="default not bold")
+    console.print(Padding(text, (0, 0, 0, 2)))
+    if candidate.pipeline and verbose:
+        console.print(Padding(Text(words.printable(candidate.pipeline), style="dim"), (0, 0, 0, _INDENT)))
+    if not candidate.in_float:
+        return
+    if not verbose:
+        named = summary.float_layers(candidate.in_float, 2 * SITES)
+        console.print(Padding(Text(f"in float: {named}", style="dim"), (0, 0, 0, _INDENT)))
+        return
+    for layer in candidate.in_float:
+        line = f"{words.printable(layer.output)}: {words.sentence(layer.reason)}"
+        console.print(Padding(Text(line, style="dim"), (0, 0, 0, _INDENT)))
 
 
 def _passes(report: Report, console: Console, *, verbose: bool) -> None:

@@ -67,7 +67,7 @@ def nodes(path: Path) -> list[str]:
 
 def test_the_main_job(invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     brief = functools.partial(measure, budget_seconds=0.3)
-    monkeypatch.setattr(importlib.import_module("onnxopt.optimize"), "measure_models", brief)
+    monkeypatch.setattr(importlib.import_module("onnxopt.ground"), "measure_models", brief)
     out = tmp_path / "out.onnx"
     done = invoke("optimize", model, "-o", out)
     assert done.exit_code == 0, done.stderr
@@ -195,7 +195,7 @@ def test_strict_wants_a_verified_result(
 def test_a_budget_wants_a_verified_result(invoke: Invoke, model: Path, model_proto: onnx.ModelProto) -> None:
     model_proto.graph.node[0].op_type = "Frobnicate"
     model.write_bytes(model_proto.SerializeToString())
-    done = invoke("optimize", model, "--max-error", "1%", FAST)
+    done = invoke("optimize", model, "-r", "small", "--max-error", "1%", FAST)
     assert done.exit_code == 1
     assert "could not be verified, which a budget needs" in done.stderr
 
@@ -300,3 +300,82 @@ def test_a_pass_of_another_package(invoke: Invoke, model: Path, wrong: Any) -> N
     done = invoke("passes", "wrong")
     assert "Double the weights, and claim that nothing changes." in done.output
     assert "It has no options." in done.output
+
+
+# ---------------------------------------------------------------------------------------------------- search
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure for a moment only."""
+    short = functools.partial(_shortly, measure)
+    monkeypatch.setattr(importlib.import_module("onnxopt.ground"), "measure_models", short)
+    monkeypatch.setattr(importlib.import_module("onnxopt.search.lab"), "measure", short)
+
+
+def _shortly(timed: Callable[..., Any], *models: Any, **options: Any) -> Any:
+    return timed(*models, **(options | {"budget_seconds": 0.1, "memory": False}))
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_budget_alone_starts_a_search(invoke: Invoke, tmp_path: Path) -> None:
+    """On a real model, with labels; what was remembered meanwhile is gone afterwards."""
+    models = Path(__file__).parents[2] / "models"
+    out, data = tmp_path / "small.onnx", tmp_path / "report.json"
+    done = invoke(
+        "optimize", models / "mnist_cnn_bn.onnx", "-o", out, "--target", "cpu", "--max-drop", "3%", "--objective", "size",
+        "--data", models / "mnist_calibration.npz", "--labels", models / "mnist_calibration_labels.npy", "--report", data,
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(data.read_text())
+    assert content["search"]["objective"] == "size"
+    assert content["search"]["candidates"][0]["status"] == "winner"
+    assert content["after"]["bytes"] < content["before"]["bytes"] / 3
+    assert "keep fp32" in done.stdout
+    assert names_in(tmp_path) == {"small.onnx", "report.json"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_interrupted_search_goes_on(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = importlib.import_module("onnxopt.search.lab").RuntimeLab
+    out, data = tmp_path / "out.onnx", tmp_path / "report.json"
+    arguments = ["optimize", model, "-o", out, "--max-error", "10%", "--report", data]
+    with monkeypatch.context() as patched:
+        patched.setattr(lab, "measure", _interrupt)
+        assert invoke(*arguments).exit_code != 0
+    remembered = out.with_name("out.onnx.search.json")
+    assert remembered.exists()
+    assert not out.exists()
+    monkeypatch.setattr(lab, "examine", _interrupt)
+    assert invoke(*arguments).exit_code == 0
+    assert json.loads(data.read_text())["search"]["resumed"] >= 1
+    assert not remembered.exists()
+
+
+def _interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_named_state_file_stays(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    state = tmp_path / "state.json"
+    done = invoke("optimize", model, "--max-error", "10%", "--state", state)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(state.read_text())["format"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--objective", "size"], "objective is about the search within a budget"),
+        (["--state", "s.json", "-r", "small", "--max-error", "1%"], "state is about the search"),
+        (["--max-error", "1%", FAST], "A budget alone asks for a search"),
+        (["--max-error", "1%", "--no-verify"], "A budget alone asks for a search"),
+    ],
+)
+def test_what_contradicts_a_search(invoke: Invoke, model: Path, arguments: list[str], complaint: str) -> None:
+    done = invoke("optimize", model, *arguments)
+    assert done.exit_code == 2
+    assert complaint in done.stderr.replace("\n", " ")

@@ -10,7 +10,15 @@ from onnxopt.analysis.inspect import ModelStats
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
-from onnxopt.report.data import SCHEMA_VERSION, Environment, Report, SlowPass
+from onnxopt.report.data import (
+    SCHEMA_VERSION,
+    Candidate,
+    Environment,
+    FloatLayer,
+    Report,
+    SearchReport,
+    SlowPass,
+)
 from onnxopt.verify import OutputDeviation, Verification
 
 LONG = "/encoder/layer.11/attention/self/query/some_very_long_component_name/Add_output_0"
@@ -103,6 +111,50 @@ METRIC = MetricResult(
     name="top1", baseline=0.978, candidate=0.977, drop=0.001, low=-0.002, high=0.004, samples=1000, labelled=True
 )
 
+
+def candidate(name: str, status: Any, ratio: float | None = None, drop: float = 0.0, **changes: Any) -> Candidate:
+    plain = Candidate(
+        name=name,
+        pipeline=f"quantize-{name.partition(' ')[0]},quantize-weights",
+        status=status,
+        reason=f"because it is {status}",
+        ratio=ratio,
+        low=None if ratio is None else 0.98 * ratio,
+        high=None if ratio is None else 1.02 * ratio,
+        bytes=None if ratio is None else int(1_850_000 * ratio),
+        worst=None if ratio is None else 0.01,
+        metric=None if ratio is None else dataclasses.replace(METRIC, drop=drop, low=-drop, high=2 * drop),
+        in_float=(),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+SEARCH = SearchReport(
+    objective="latency",
+    max_error=None,
+    max_drop=0.005,
+    metric="top1",
+    metric_reason="the labels are whole numbers",
+    samples=872,
+    calibration_samples=128,
+    candidates=(
+        candidate(
+            "static int8, 2 layers in float",
+            "winner",
+            0.4,
+            0.001,
+            in_float=(FloatLayer("", LONG, "it costs most"), FloatLayer("If_3.then_branch", "/b", "it costs much")),
+        ),
+        candidate("keep fp32", "kept", 0.9, pipeline=""),
+        candidate("static int8", "over budget", 0.3, 0.02),
+        candidate("dynamic int8", "slower", 1.3, 0.002),
+        candidate("8-bit weights", "not proven", 0.9, 0.004),
+        candidate("4-bit <b>blocks</b>", "failed", reason="MatMulNBits failed: no kernel"),
+    ),
+    resumed=2,
+    notes=("Only 12 samples judged.",),
+)
+
 REPORT = Report(
     schema_version=SCHEMA_VERSION,
     model="models/encoder.onnx",
@@ -143,7 +195,12 @@ def make() -> Callable[..., Any]:
     """Return a maker of variants: of the report, and of the parts named in brackets."""
 
     def variant(**changes: Any) -> Report:
-        for part, base in (("verification", VERIFICATION), ("measurement", MEASUREMENT), ("metric", METRIC)):
+        for part, base in (
+            ("verification", VERIFICATION),
+            ("measurement", MEASUREMENT),
+            ("metric", METRIC),
+            ("search", SEARCH),
+        ):
             if isinstance(changes.get(part), dict):
                 changes[part] = dataclasses.replace(base, **changes[part])
         return dataclasses.replace(REPORT, **changes)

@@ -39,7 +39,7 @@ def dataclasses_in(value: Any) -> Iterator[Any]:
 
 def test_the_document_names_every_field_and_no_other(make: Callable[..., Report]) -> None:
     documented = sections()
-    found = {type(v).__name__: v for v in dataclasses_in(make(metric={}))}
+    found = {type(v).__name__: v for v in dataclasses_in(make(metric={}, search={}))}
     assert set(documented) == set(found)
     for name, value in found.items():
         fields = [f.name for f in dataclasses.fields(value)]
@@ -60,7 +60,7 @@ def test_the_types_of_the_document_hold(make: Callable[..., Report]) -> None:
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         for field, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", body, flags=re.MULTILINE):
             documented[name, field] = kind.strip()
-    for value in dataclasses_in(make(metric={})):
+    for value in dataclasses_in(make(metric={}, search={})):
         for field, content in plain(value).items():
             kind = documented[type(value).__name__, field]
             if isinstance(content, dict):
@@ -76,7 +76,7 @@ def test_it_is_json_with_a_schema_version(report: Report) -> None:
 
 
 def test_everything_is_in_it(make: Callable[..., Report]) -> None:
-    content = json.loads(to_json(make(metric={})))
+    content = json.loads(to_json(make(metric={}, search={})))
     assert content["headline"].startswith("encoder.onnx: 1,234 -> 1,190 nodes")
     assert content["warnings"] == []
     assert content["applied"] == 35

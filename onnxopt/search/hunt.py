@@ -1,0 +1,131 @@
+"""A search on prepared ground: from the options to the laboratory, and from its winner to a confirmed result."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnxopt import manager, registry
+from onnxopt.metrics import Evaluator
+from onnxopt.report.environment import environment
+from onnxopt.search import lab, state
+from onnxopt.search.candidates import Proposal, propose, take_inventory
+from onnxopt.search.decision import Limits, Speed
+from onnxopt.search.progress import Labelled
+from onnxopt.search.run import Found, Search
+from onnxopt.search.summary import summarize
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+    from onnxopt.feeds import Data, Feed
+    from onnxopt.ground import Ground, Settings
+    from onnxopt.measure import Measurement
+    from onnxopt.report.data import SearchReport
+
+
+def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
+    """Return what is worth trying on a model."""
+    learning = settings.data is not None or settings.force_calibration
+    return propose(take_inventory(model), settings.target, learning=learning, known=registry.entries())
+
+
+def any_learns(found: Sequence[Proposal]) -> bool:
+    """Return whether any proposal learns from data, so that some has to be set aside for it."""
+    return any(p.learns or registry.load(name).needs_data for p in found for name in p.names)
+
+
+class Hunt:
+    """One search on prepared ground."""
+
+    def __init__(self, ground: Ground, base: manager.Outcome, measurement: Measurement) -> None:
+        """Prepare to search.
+
+        Args:
+            ground: The models, the inputs and the options.
+            base: The lossless result, on which lossy passes run.
+            measurement: How fast it is.
+        """
+        self._ground, self._base, self._measurement = ground, base, measurement
+        self._progress = Labelled(ground.settings.progress)
+        budget, settings = ground.budget, ground.settings
+        self._limits = Limits(budget.max_error, budget.max_drop)
+        evaluator = None
+        if budget.metric is not None and budget.data is not None:
+            evaluator = Evaluator(
+                ground.reference, budget.data, budget.labels, budget.metric, ground.options, seed=settings.seed
+            )
+        few = ground.bench.generated if ground.parts is None else list(ground.parts.calibration.take(lab.FEW_SAMPLES))
+        self._judging: Data | list[Feed] = ground.samples if ground.samples is not None else ground.bench.generated
+        self._lab = lab.RuntimeLab(
+            lab.Bench(
+                reference=ground.reference,
+                base=base.model,
+                options=ground.options,
+                ctx=ground.ctx,
+                few=few,
+                judging=self._judging,
+                limits=self._limits,
+                evaluator=evaluator,
+                feed=ground.bench.typical,
+                seed=settings.seed,
+            ),
+            self._progress,
+        )
+
+    def run(self) -> tuple[Found, manager.Outcome, Measurement]:
+        """Return what was found, the winner, and its measurement, which is not the one it won by."""
+        settings = self._ground.settings
+        keep = self._lab.keep(self._speed(self._measurement))
+        search = Search(self._lab, self._limits, settings.objective, self._state(), self._progress)
+        found = search.run(proposals(self._ground.reference, settings), keep)
+        while True:
+            winner = found.winner
+            if not winner.proposal.passes:
+                return found, self._base, self._measurement
+            outcome = self._lab.build(winner.proposal, winner.spared)
+            self._progress.label = ""
+            measurement = self._ground.bench.measure(outcome.model, self._progress)
+            if measurement.verdict == "slower":
+                measurement = self._ground.bench.measure(outcome.model, self._progress)
+            if measurement.verdict != "slower":
+                passes = (*self._base.passes, *outcome.passes)
+                return found, manager.Outcome(outcome.model, passes, self._base.denials), measurement
+            found = search.correct(winner, dataclasses.replace(winner.record, speed=self._speed(measurement)))
+
+    def report(self, found: Found) -> SearchReport:
+        """Return the report of the search."""
+        ground, parts = self._ground, self._ground.parts
+        return summarize(
+            found,
+            self._limits,
+            ground.settings.objective,
+            metric=ground.budget.metric or "",
+            metric_reason=ground.budget.metric_reason,
+            samples=len(self._judging),
+            calibration_samples=0 if parts is None else len(parts.calibration),
+            real=ground.samples is not None,
+        )
+
+    def _speed(self, measured: Measurement) -> Speed:
+        return Speed(measured.ratio, measured.low, measured.high, precise=True)
+
+    def _state(self) -> state.State:
+        ground, settings = self._ground, self._ground.settings
+        if settings.state is None:
+            return state.State(None, "")
+        self._progress.stage("reading model and data")
+        options = (
+            settings.target,
+            settings.opset,
+            settings.seed,
+            settings.max_error,
+            ground.budget.metric,
+            dict(settings.shape or {}),
+            ground.options,
+            environment(ground.options.provider, ground.options.threads),
+        )
+        key = state.fingerprint(ground.reference, self._judging, ground.budget.labels, options)
+        return state.State(Path(settings.state), key)

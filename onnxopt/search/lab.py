@@ -1,0 +1,309 @@
+"""Builds candidates and finds out how fast and how good they are."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt import manager
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
+from onnxopt.compare.deviation import kind_of
+from onnxopt.contract import Calibration, Context, Guarantee, PassReport, Progress, Site
+from onnxopt.errors import OnnxOptError
+from onnxopt.feeds import Data, Feed
+from onnxopt.measure import measure
+from onnxopt.metrics import Evaluator, MetricResult
+from onnxopt.model import model_bytes
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.search.candidates import HELPERS, KEEP, Proposal
+from onnxopt.search.decision import Limits, Record, Speed
+from onnxopt.verify import LOSSY_FEEDS, Verifier
+
+SCREEN_SECONDS = 1.5
+"""Time for a first look at the speed of a candidate."""
+
+PRECISE_SECONDS = 6.0
+"""Time for those that may win."""
+
+CACHE_BYTES = 512 << 20
+"""Outputs of the original that are kept for comparing, all samples together."""
+
+BUILT_BYTES = 1 << 30
+"""Candidates that are kept so as not to build them again."""
+
+FEW_SAMPLES = 8
+"""So many samples are enough to compare layers with each other."""
+
+
+class Lab(Protocol):
+    """What a search asks about candidates."""
+
+    def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        """Build a candidate, screen its speed and, unless it is slower, judge its quality."""
+
+    def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        """Build a candidate and judge its quality alone."""
+
+    def measure(self, proposal: Proposal, spared: Mapping[Site, str]) -> Speed:
+        """Measure the speed of a candidate precisely."""
+
+    def layers(self, proposal: Proposal) -> list[Site]:
+        """Return the layers whose precision a candidate lowers, in the order of the graph."""
+
+    def distance(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
+        """Return how far the outputs are from the original's on a few samples that do not judge."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bench:
+    """What candidates are built from and judged by.
+
+    Attributes:
+        reference: The original.
+        base: The lossless result, on which lossy passes run.
+        options: How models are run.
+        ctx: What passes may know, calibration included.
+        few: Some of what passes learn from, to compare layers with; it does not judge where there is enough data.
+        judging: What judges.
+        limits: The budget.
+        evaluator: Computes the metric; None for none.
+        feed: What models are timed on.
+        seed: Seeds bootstraps.
+    """
+
+    reference: ir.Model
+    base: ir.Model
+    options: RunOptions
+    ctx: Context
+    few: Sequence[Feed]
+    judging: Data | Sequence[Feed]
+    limits: Limits
+    evaluator: Evaluator | None
+    feed: Feed
+    seed: int
+
+
+class RuntimeLab:
+    """Runs candidates in ONNX Runtime."""
+
+    def __init__(self, bench: Bench, progress: Progress) -> None:
+        """Prepare; nothing is run yet."""
+        self._bench, self._progress = bench, progress
+        self._verifiers: list[Verifier] = []
+        self._built: dict[tuple[str, frozenset[Site]], manager.Outcome] = {}
+        self._few = list(bench.few[:FEW_SAMPLES]) or [bench.feed]
+        self._originals: list[dict[str, np.ndarray]] = []
+
+    def build(self, proposal: Proposal, spared: Mapping[Site, str]) -> manager.Outcome:
+        """Run the lossy passes on the lossless result, unless it is still known how that ends.
+
+        Raises:
+            IdlePassError: If a pass that the candidate is about left no edit.
+        """
+        key = (proposal.passes, frozenset(spared))
+        if key not in self._built:
+            outcome = self._run(proposal, spared, self._bench.ctx)
+            _require_edits(outcome, proposal)
+            self._remember(key, outcome)
+        return self._built[key]
+
+    def _remember(self, key: tuple[str, frozenset[Site]], outcome: manager.Outcome) -> None:
+        """Keep an outcome, and no more of those before than fit."""
+        self._built[key] = outcome
+        room = BUILT_BYTES
+        for known in reversed(list(self._built)):
+            room -= model_bytes(self._built[known].model)
+            if room < 0 and known != key:
+                del self._built[known]
+
+    def _run(self, proposal: Proposal, spared: Mapping[Site, str], ctx: Context) -> manager.Outcome:
+        base, passes = self._bench.base, proposal.pipeline.passes
+        ctx = dataclasses.replace(ctx, shapes=Shapes(base))
+        denials = manager.Denials(spared=spared)
+        return manager.run(base, passes, ctx, None, progress=self._progress, denials=denials)
+
+    def keep(self, speed: Speed) -> Record:
+        """Return what is known about keeping the model as it is.
+
+        Raises:
+            DataError: If the metric does not fit the model or its labels.
+            RuntimeFailure: If it does not run.
+        """
+        base = self._bench.base
+        record = self._judged(Record(KEEP.name, KEEP.passes, bytes=model_bytes(base), speed=speed), base)
+        return dataclasses.replace(record, failure="")
+
+    def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        """Build a candidate, screen its speed and, unless it is slower, judge its quality."""
+        record = Record(proposal.name, proposal.passes)
+        try:
+            model = self.build(proposal, spared).model
+            record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, SCREEN_SECONDS))
+            return record if record.slower else self._judged(record, model)
+        except OnnxOptError as error:
+            return dataclasses.replace(record, failure=_clause(error))
+
+    def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        """Build a candidate and judge its quality alone."""
+        record = Record(proposal.name, proposal.passes)
+        try:
+            model = self.build(proposal, spared).model
+            return self._judged(dataclasses.replace(record, bytes=model_bytes(model)), model)
+        except OnnxOptError as error:
+            return dataclasses.replace(record, failure=_clause(error))
+
+    def _judged(self, record: Record, model: ir.Model) -> Record:
+        worst, complaint = self._worst(model)
+        if complaint:
+            return dataclasses.replace(record, worst=worst, failure=complaint)
+        return dataclasses.replace(record, worst=worst, metric=self.metric(model))
+
+    def _worst(self, model: ir.Model) -> tuple[float, str]:
+        """Return the worst deviation and what is wrong besides, such as NaN."""
+        limit = self._bench.limits.max_error
+        worst = 0.0
+        for verifier in self._all_verifiers():
+            self._progress.stage("comparing outputs")
+            found = verifier.check(model, Guarantee.APPROXIMATE, math.inf)
+            worst = max(worst, found.worst)
+            if not found.ok:
+                return worst, found.reason
+            if limit is not None and not worst <= limit:
+                break
+        return worst, ""
+
+    def _all_verifiers(self) -> list[Verifier]:
+        """Return what compares outputs: over all samples where these are limited, else over a few."""
+        if not self._verifiers:
+            judging, bench = self._bench.judging, self._bench
+            limited = bench.limits.max_error not in (None, math.inf)
+            starts = range(0, len(judging), LOSSY_FEEDS) if limited else [0]
+            size, room = LOSSY_FEEDS if limited else FEW_SAMPLES, CACHE_BYTES // len(starts)
+            self._verifiers = [
+                Verifier(bench.reference, _part(judging, start, size), bench.options, cache_bytes=room)
+                for start in starts
+            ]
+        return self._verifiers
+
+    def metric(self, model: ir.Model) -> MetricResult | None:
+        """Return the task metric of a model."""
+        if self._bench.evaluator is None:
+            return None
+        self._progress.stage("computing the metric")
+        return self._bench.evaluator.evaluate(model)
+
+    def measure(self, proposal: Proposal, spared: Mapping[Site, str]) -> Speed:
+        """Measure the speed of a candidate precisely."""
+        return self._timed(self.build(proposal, spared).model, PRECISE_SECONDS)
+
+    def _timed(self, model: ir.Model, seconds: float) -> Speed:
+        """Time a candidate against the original; a first look that sees it slower by a little is repeated."""
+        precise = seconds > SCREEN_SECONDS
+        found = measure(
+            self._bench.reference,
+            model,
+            feed=self._bench.feed,
+            options=self._bench.options,
+            budget_seconds=seconds,
+            precision=0.02 if precise else 0.1,
+            seed=self._bench.seed,
+            memory=False,
+            progress=self._progress,
+        )
+        if found.verdict == "slower" and not precise and found.ratio < 1.2:
+            return self._timed(model, PRECISE_SECONDS)
+        return Speed(found.ratio, found.low, found.high, precise)
+
+    def layers(self, proposal: Proposal) -> list[Site]:
+        """Return the layers whose precision a candidate lowers, in the order of the graph."""
+        outcome = self.build(proposal, {})
+        return [e.site for p in outcome.passes for e in p.applied if p.name not in _helpers(proposal)]
+
+    def distance(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
+        """Return the mean square deviation of the outputs by their mean square, on a few samples."""
+        try:
+            model = self._run(proposal, spared, self._few_ctx()).model
+            with open_session(model, self._bench.options, optimized=True) as session:
+                found = [_apart(one, session.run(feed)) for one, feed in zip(self._known(), self._few, strict=True)]
+        except OnnxOptError:
+            return math.inf
+        return float(np.mean(found))
+
+    def _few_ctx(self) -> Context:
+        """Return a context whose passes learn from few samples, which is quicker and hardly worse."""
+        ctx = self._bench.ctx
+        if ctx.calibration is None:
+            return ctx
+        return dataclasses.replace(ctx, calibration=self._little(ctx.calibration))
+
+    def _little(self, whole: Calibration) -> Calibration:
+        return calibration(self._few, self._bench.options, real=whole.real, progress=self._progress)
+
+    def _known(self) -> list[dict[str, np.ndarray]]:
+        if not self._originals:
+            with open_session(self._bench.reference, self._bench.options, optimized=True) as session:
+                self._originals = [_floats(session.run(feed)) for feed in self._few]
+        return self._originals
+
+
+class IdlePassError(OnnxOptError):
+    """A candidate that is not what it says, because a pass had nothing to do or crashed."""
+
+
+def _require_edits(outcome: manager.Outcome, proposal: Proposal) -> None:
+    for done in outcome.passes:
+        if not done.applied and done.name not in _helpers(proposal) - {"smooth-activations"}:
+            raise IdlePassError(f"{done.name} {_idleness(done)}")
+
+
+def _idleness(done: PassReport) -> str:
+    """Return why a pass left no edit, with the most frequent reason where there are several."""
+    if done.status == "skipped":
+        return f"does not apply: {done.reason}"
+    if done.reason or done.dropped:
+        return done.reason or done.dropped[0].reason
+    if done.refusals:
+        return f"finds nothing to do: {max(done.refusals, key=lambda item: item[1])[0]}"
+    return "finds nothing to do"
+
+
+def _helpers(proposal: Proposal) -> set[str]:
+    """Return the passes that are beside the point of a candidate; what it consists of is never."""
+    helpers = {name for name in proposal.names if name in HELPERS}
+    return set() if helpers == set(proposal.names) else helpers
+
+
+def _part(data: Data | Sequence[Feed], start: int, size: int) -> Data | Sequence[Feed]:
+    end = min(start + size, len(data))
+    return data.select(range(start, end)) if isinstance(data, Data) else data[start:end]
+
+
+def _floats(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {
+        name: value.astype(np.float64)
+        for name, value in outputs.items()
+        if isinstance(value, np.ndarray) and kind_of(value.dtype) == "float"
+    }
+
+
+def _apart(one: Mapping[str, np.ndarray], two: Mapping[str, Any]) -> float:
+    """Return the mean over outputs of their square deviation by their square; inf where it is no number."""
+    found = []
+    for name, value in one.items():
+        other = two[name]
+        if other.shape != value.shape:
+            return math.inf
+        error = float(np.mean(np.square(other.astype(np.float64) - value)))
+        found.append(error / max(float(np.mean(np.square(value))), 1e-30))
+    whole = float(np.mean(found)) if found else math.inf
+    return whole if math.isfinite(whole) else math.inf
+
+
+def _clause(error: Exception) -> str:
+    return str(error).rstrip(".")

@@ -1,0 +1,237 @@
+"""The search: every candidate is built, screened and judged; those that may win are measured precisely."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from onnxopt.contract import Site
+from onnxopt.report.data import FloatLayer, Objective
+from onnxopt.report.words import count
+from onnxopt.search import decision, sensitivity
+from onnxopt.search.candidates import KEEP, Proposal
+from onnxopt.search.decision import Limits, Record
+from onnxopt.search.lab import Lab
+from onnxopt.search.progress import Labelled
+from onnxopt.search.state import State
+
+RANKING_SECONDS = 45.0
+"""Time for finding the layers that cost most, for each candidate that is relieved of them."""
+
+RELIEVING_SECONDS = 120.0
+"""After this time no other set of layers is judged, all candidates together."""
+
+TRIES = 3
+"""So many sets of layers left in floating point are judged for one candidate."""
+
+REACH = 1.36
+"""By how much the intervals of so many tries are widened to hold together with 95% confidence: rare events are what
+most depends on it, and 3.0 of them become ln(20 * 3) = 4.1."""
+
+RELIEVED = 2
+"""So many candidates are tried with layers left in floating point, at most."""
+
+GAIN = 0.97
+"""A candidate over budget is worth relieving when it takes less than this part of the time of the best within it."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """A candidate, how it is built, and what is known about it."""
+
+    proposal: Proposal
+    spared: Mapping[Site, str]
+    record: Record
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Found:
+    """What a search ends with.
+
+    Attributes:
+        winner: The candidate that was chosen.
+        entries: All of them, in the order of trying.
+        resumed: How many were known from before.
+    """
+
+    winner: Entry
+    entries: tuple[Entry, ...]
+    resumed: int
+
+
+class Search:
+    """One search. What it knows grows until `best` is precise."""
+
+    def __init__(
+        self,
+        lab: Lab,
+        limits: Limits,
+        objective: Objective,
+        state: State,
+        progress: Labelled,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Prepare; nothing is run yet."""
+        self._lab, self._limits, self._objective = lab, limits, objective
+        self._state, self._progress, self._clock = state, progress, clock
+        self._entries: list[Entry] = []
+        self._resumed = 0
+
+    def run(self, proposals: Sequence[Proposal], keep: Record) -> Found:
+        """Try candidates and choose.
+
+        Args:
+            proposals: What to try.
+            keep: What is known about keeping the model as it is.
+        """
+        self._entries = [Entry(KEEP, {}, keep)]
+        wanted = [p for p in proposals if p.passes]
+        for number, proposal in enumerate(wanted, 1):
+            self._progress.label = f"candidate {number} of {len(wanted)}, {proposal.name}"
+            self._entries.append(self._examined(proposal))
+        self._settle()
+        self._relieve()
+        return self.choose()
+
+    def choose(self) -> Found:
+        """Measure what may win until it is clear what does."""
+        self._settle()
+        winner = decision.choose(self._records(), self._limits, self._objective)
+        return Found(self._entry(winner), tuple(self._entries), self._resumed)
+
+    def correct(self, entry: Entry, record: Record) -> Found:
+        """Choose again with what has been found out about a candidate since."""
+        self._replace(entry, record)
+        return self.choose()
+
+    def _records(self) -> list[Record]:
+        return [e.record for e in self._entries]
+
+    def _entry(self, record: Record) -> Entry:
+        return next(e for e in self._entries if e.record is record)
+
+    def _replace(self, entry: Entry, record: Record) -> None:
+        index = next(i for i, e in enumerate(self._entries) if e is entry)
+        self._entries[index] = dataclasses.replace(entry, record=record)
+        self._state.remember(record.name, record, entry.spared)
+
+    def _examined(self, proposal: Proposal) -> Entry:
+        known = self._state.record(proposal.name)
+        if known is not None and known.pipeline == proposal.passes:
+            self._resumed += 1
+            return Entry(proposal, {}, known)
+        record = self._lab.examine(proposal, {})
+        self._state.remember(record.name, record, {})
+        return Entry(proposal, {}, record)
+
+    def _settle(self) -> None:
+        """Measure contenders precisely, the fastest first, until none is left that was only screened."""
+        while True:
+            rough = [
+                r
+                for r in decision.contenders(self._records(), self._limits, self._objective)
+                if r.speed is not None and not r.speed.precise and not r.lossless
+            ]
+            if not rough:
+                return
+            entry = self._entry(min(rough, key=lambda r: (_ratio(r), r.name)))
+            self._progress.label = entry.record.name
+            speed = self._lab.measure(entry.proposal, entry.spared)
+            self._replace(entry, dataclasses.replace(entry.record, speed=speed))
+
+    def _relieve(self) -> None:
+        """Try candidates over budget with layers left in floating point, the most promising first."""
+        end = self._clock() + RELIEVING_SECONDS
+        tried: set[str] = set()
+        while len(tried) < RELIEVED:
+            entry = next((e for e in self._worth_relieving() if e.record.name not in tried), None)
+            if entry is None:
+                return
+            tried.add(entry.record.name)
+            relieved = self._relieved(entry, end)
+            if relieved is not None:
+                self._entries.append(relieved)
+
+    def _worth_relieving(self) -> list[Entry]:
+        """Return the candidates over budget that are clearly faster, or smaller, than the best within it."""
+        best = decision.choose(self._records(), self._limits, self._objective)
+        missed = [e for e in self._entries if self._misses(e.record)]
+        if self._objective == "size":
+            worth = [e for e in missed if (e.record.bytes or 0) < GAIN * (best.bytes or 0)]
+            return sorted(worth, key=lambda e: (e.record.bytes or 0, e.record.name))
+        worth = [e for e in missed if _ratio(e.record) < GAIN * _ratio(best)]
+        return sorted(worth, key=lambda e: (_ratio(e.record), e.record.name))
+
+    def _misses(self, record: Record) -> bool:
+        """Return whether a candidate runs, is not slower, and misses the budget by what it loses."""
+        runs = not record.failure and record.speed is not None and not record.slower
+        return runs and record.loss > 0 and decision.fit(record, self._limits) != "within"
+
+    def _relieved(self, entry: Entry, end: float) -> Entry | None:
+        """Return a candidate with the fewest layers left in floating point that meet the budget."""
+        limits = self._limits
+        key = f"{entry.record.name} | max_error {limits.max_error} | max_drop {limits.max_drop}"
+        known = self._state.record(key)
+        if known is not None:
+            self._resumed += 1
+            return Entry(entry.proposal, self._state.spared(key), known) if known.pipeline else None
+        found = self._try_relieving(entry, end)
+        if found is None:
+            self._state.remember(key, Record(key, ""), {})
+            return None
+        self._state.remember(key, found.record, found.spared)
+        return found
+
+    def _try_relieving(self, entry: Entry, end: float) -> Entry | None:
+        proposal = entry.proposal
+        layers = self._lab.layers(proposal)
+        if len(layers) < 2:
+            return None
+        ranked = min(end, self._clock() + RANKING_SECONDS)
+        self._progress.label = f"looking for the layers that cost {entry.record.name} most"
+
+        def distance(sites: frozenset[Site]) -> float:
+            return self._lab.distance(proposal, dict.fromkeys(sites, "left in floating point"))
+
+        groups = sensitivity.rank(layers, distance, in_time=lambda: self._clock() < ranked)
+        judged: dict[int, Entry] = {}
+
+        def good(chosen: tuple[sensitivity.Group, ...]) -> bool:
+            if self._clock() >= end:
+                return False
+            spared = _reasons(chosen)
+            self._progress.label = f"{entry.record.name} with {count(len(spared), 'layer')} left in floating point"
+            record = self._lab.judge(proposal, spared)
+            if record.failure or decision.fit(record, self._limits, REACH) != "within":
+                return False
+            judged[len(chosen)] = Entry(proposal, spared, _named(record, spared))
+            return True
+
+        chosen = sensitivity.fewest(groups, good, tries=TRIES)
+        return self._measured(judged[len(chosen)]) if chosen else None
+
+    def _measured(self, entry: Entry) -> Entry:
+        speed = self._lab.measure(entry.proposal, entry.spared)
+        return dataclasses.replace(entry, record=dataclasses.replace(entry.record, speed=speed))
+
+
+def _ratio(record: Record) -> float:
+    return math.inf if record.speed is None else record.speed.ratio
+
+
+def _reasons(groups: Sequence[sensitivity.Group]) -> dict[Site, str]:
+    """Say of each layer why it is left alone."""
+    reasons = {}
+    for group in groups:
+        others = "" if len(group.sites) == 1 else f"together with {count(len(group.sites) - 1, 'neighbour')} "
+        for site in group.sites:
+            reasons[site] = f"left in floating point: {others}it causes {group.gain:.0%} of the deviation"
+    return reasons
+
+
+def _named(record: Record, spared: Mapping[Site, str]) -> Record:
+    layers = tuple(FloatLayer(s.graph, s.output, reason) for s, reason in spared.items())
+    name = f"{record.name}, {count(len(layers), 'layer')} in float"
+    return dataclasses.replace(record, name=name, in_float=layers)

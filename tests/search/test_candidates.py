@@ -1,0 +1,83 @@
+"""What is proposed depends on what the model contains and on the target."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+import onnxopt
+from onnxopt.contract import TARGETS
+from onnxopt.registry import entries
+from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
+
+CNN = Path(__file__).parents[2] / "models" / "mnist_cnn_bn.onnx"
+ALL = Inventory(10**6, 10**6, 10**6, 10**6)
+
+
+def names(found: list[Proposal]) -> list[str]:
+    return [p.name for p in found]
+
+
+def test_the_inventory_counts_weights_by_kind() -> None:
+    found = take_inventory(onnxopt.load(CNN))
+    assert found.convolution > 50_000
+    assert found.product > 400_000
+    assert (found.recurrent, found.table) == (0, 0)
+
+
+def test_a_shared_weight_counts_for_each_kind() -> None:
+    tied = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (int64[1] i, float[1, 2] x) => (float[1, 2] y, float[1, 3] z)'
+        "<float[3, 2] w = {1, 2, 3, 4, 5, 6}> { y = Gather(w, i) t = Transpose(w) z = MatMul(x, t) }"
+    )
+    assert take_inventory(tied) == Inventory(0, 6, 0, 6)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_keeping_the_model_is_always_proposed_and_a_model_without_weights_gets_nothing_else(target: str) -> None:
+    assert propose(Inventory(0, 0, 0, 0), target, learning=True) == [KEEP]  # type: ignore[arg-type]
+    found = propose(ALL, target, learning=True)  # type: ignore[arg-type]
+    assert found[0] is KEEP
+    assert len(set(names(found))) == len({p.passes for p in found}) == len(found)
+
+
+def test_a_convolutional_net_on_the_cpu() -> None:
+    found = propose(Inventory(10**6, 0, 0, 0), "cpu", learning=True)
+    assert names(found) == ["keep fp32", "static int8", "8-bit weights", "16-bit weights"]
+
+
+def test_an_encoder_on_the_cpu() -> None:
+    found = propose(Inventory(0, 10**6, 0, 10**6), "cpu", learning=True)
+    assert found[1] == Proposal("dynamic int8", "quantize-dynamic,quantize-weights")
+    assert found[2].passes == "smooth-activations,quantize-dynamic,quantize-weights"
+    assert "quantize-static" not in {n for p in found for n in p.names}
+    assert any("bits=4" in p.passes for p in found)
+
+
+def test_both_kinds_of_layers_on_the_cpu() -> None:
+    passes = [p.passes for p in propose(ALL, "cpu", learning=True)]
+    assert "quantize-dynamic,quantize-weights" in passes
+    assert "quantize-dynamic,quantize-static,quantize-weights" in passes
+    assert "smooth-activations,quantize-dynamic,quantize-static,quantize-weights" in passes
+
+
+def test_other_targets_get_what_they_have_kernels_for() -> None:
+    cuda = {n for p in propose(ALL, "cuda", learning=True) for n in p.names}
+    assert cuda == {"convert-float16", "quantize-matmul", "quantize-weights"}
+    portable = {n for p in propose(ALL, "portable", learning=True) for n in p.names}
+    assert "quantize-matmul" not in portable
+
+
+def test_without_data_nothing_that_learns_is_proposed() -> None:
+    found = {n for p in propose(ALL, "cpu", learning=False) for n in p.names}
+    assert not found & {"quantize-static", "smooth-activations"}
+    assert not any("gptq" in p.passes for p in propose(ALL, "cpu", learning=False))
+    assert "quantize-dynamic" in found
+
+
+def test_passes_that_do_not_exist_are_not_proposed() -> None:
+    found = propose(ALL, "cpu", learning=True, known=["quantize-weights"])
+    assert names(found) == ["keep fp32", "8-bit weights"]
+    assert names(propose(ALL, "cpu", learning=True, known=entries()))[0] == "keep fp32"

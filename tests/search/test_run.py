@@ -1,0 +1,201 @@
+"""The search with a laboratory that only looks figures up."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from onnxopt.contract import Silent, Site
+from onnxopt.metrics import MetricResult
+from onnxopt.search.candidates import KEEP, Proposal
+from onnxopt.search.decision import Limits, Record, Speed
+from onnxopt.search.progress import Labelled
+from onnxopt.search.run import Found, Search
+from onnxopt.search.state import State
+from onnxopt.search.summary import summarize
+
+LIMITS = Limits(None, 0.01)
+KEPT = Record(KEEP.name, "", bytes=1000, speed=Speed(0.95, 0.94, 0.96, precise=True), worst=1e-7)
+SITES = [Site("quantize-static", "", f"conv{i}") for i in range(16)]
+
+
+@dataclasses.dataclass
+class Figures:
+    """What a made-up candidate is like; its layers cost so much each, unless spared."""
+
+    ratio: float
+    layers: tuple[float, ...] = (0.001,)
+    failure: str = ""
+
+
+class Desk:
+    """A laboratory without instruments."""
+
+    def __init__(self, figures: dict[str, Figures], interrupt_at: int = 10**9) -> None:
+        self.figures, self.calls, self.interrupt_at = figures, [], interrupt_at  # type: ignore[var-annotated]
+
+    def _call(self, what: str) -> None:
+        if len(self.calls) >= self.interrupt_at:
+            raise KeyboardInterrupt
+        self.calls.append(what)
+
+    def _drop(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
+        layers = self.figures[proposal.name].layers
+        return sum(cost for cost, site in zip(layers, SITES, strict=False) if site not in spared)
+
+    def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        self._call(f"examine {proposal.name}")
+        figures = self.figures[proposal.name]
+        if figures.failure:
+            return Record(proposal.name, proposal.passes, failure=figures.failure)
+        ratio = figures.ratio
+        record = self._judged(proposal, spared)
+        return dataclasses.replace(record, speed=Speed(ratio, 0.9 * ratio, 1.1 * ratio, precise=False))
+
+    def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        self._call(f"judge {proposal.name} without {len(spared)}")
+        return self._judged(proposal, spared)
+
+    def _judged(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
+        drop = self._drop(proposal, spared)
+        metric = MetricResult("top1", 1, 1 - drop, drop, drop, drop * 1.1, 500, True)
+        return Record(proposal.name, proposal.passes, bytes=300, worst=0.1, metric=metric)
+
+    def measure(self, proposal: Proposal, spared: Mapping[Site, str]) -> Speed:
+        self._call(f"measure {proposal.name}")
+        ratio = self.figures[proposal.name].ratio + 0.02 * len(spared)
+        return Speed(ratio, 0.99 * ratio, 1.01 * ratio, precise=True)
+
+    def layers(self, proposal: Proposal) -> list[Site]:
+        return SITES[: len(self.figures[proposal.name].layers)]
+
+    def distance(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
+        self._call(f"distance {proposal.name}")
+        return self._drop(proposal, spared)
+
+
+def proposals(desk: Desk) -> list[Proposal]:
+    return [KEEP, *(Proposal(name, f"pass-{name}") for name in desk.figures)]
+
+
+def search(desk: Desk, state: State | None = None, limits: Limits = LIMITS) -> Found:
+    running = Search(desk, limits, "latency", state or State(None, ""), Labelled(Silent()))
+    return running.run(proposals(desk), KEPT)
+
+
+def report(found: Found) -> Any:
+    return summarize(
+        found, LIMITS, "latency", metric="top1", metric_reason="", samples=500, calibration_samples=100, real=True
+    )
+
+
+def statuses(found: Found) -> dict[str, str]:
+    return {c.name: c.status for c in report(found).candidates}
+
+
+def test_the_fastest_within_the_budget_wins_and_only_contenders_are_measured_precisely() -> None:
+    desk = Desk({"fast": Figures(0.4), "near": Figures(0.42), "slow": Figures(0.8)})
+    found = search(desk)
+    assert found.winner.record.name == "fast"
+    assert [c for c in desk.calls if c.startswith("measure")] == ["measure fast", "measure near"]
+    assert statuses(found) == {"fast": "winner", "keep fp32": "kept", "near": "kept", "slow": "kept"}
+
+
+def test_a_candidate_that_fails_is_reported_and_not_fatal() -> None:
+    found = search(Desk({"broken": Figures(0.1, failure="Conv failed"), "fine": Figures(0.5)}))
+    assert found.winner.record.name == "fine"
+    told = next(c for c in report(found).candidates if c.name == "broken")
+    assert (told.status, told.reason) == ("failed", "Conv failed")
+
+
+def test_when_everything_misses_the_budget_the_model_is_kept() -> None:
+    found = search(Desk({"a": Figures(0.4, (0.5,)), "b": Figures(0.3, (0.2,))}))
+    assert found.winner.record.name == "keep fp32"
+    first = report(found).candidates[0]
+    assert (first.name, first.status) == ("keep fp32", "winner")
+    assert "no lossy candidate within the budget" in first.reason
+    assert statuses(found)["a"] == statuses(found)["b"] == "over budget"
+
+
+def test_layers_that_cost_most_are_left_in_float() -> None:
+    layers = tuple(0.2 if i == 5 else 0.0001 for i in range(16))
+    desk = Desk({"static": Figures(0.4, layers), "safe": Figures(0.9, (0.0,))})
+    found = search(desk)
+    winner = found.winner.record
+    assert winner.name == "static, 1 layer in float"
+    assert [layer.output for layer in winner.in_float] == ["conv5"]
+    assert "it causes 99% of the deviation" in winner.in_float[0].reason
+    assert statuses(found)["static"] == "over budget"
+    assert found.winner.spared == {SITES[5]: winner.in_float[0].reason}
+
+
+def test_layers_are_looked_for_only_where_that_could_win() -> None:
+    desk = Desk({"over": Figures(0.6, (0.2,) * 16), "good": Figures(0.4)})
+    search(desk)
+    assert not any(c.startswith("distance") for c in desk.calls)
+
+
+def test_the_search_for_layers_ends_in_time() -> None:
+    desk = Desk({"static": Figures(0.4, tuple(0.01 + 0.0001 * i for i in range(16)))})
+    ticks = iter(range(0, 10**6, 30))
+    running = Search(desk, LIMITS, "latency", State(None, ""), Labelled(Silent()), clock=lambda: next(ticks))
+    assert running.run(proposals(desk), KEPT).winner.record.name == "keep fp32"
+    assert len([c for c in desk.calls if c.startswith("distance")]) <= 5
+
+
+def test_a_winner_that_turns_out_slower_gives_way() -> None:
+    desk = Desk({"fast": Figures(0.4), "next": Figures(0.6)})
+    running = Search(desk, LIMITS, "latency", State(None, ""), Labelled(Silent()))
+    found = running.run(proposals(desk), KEPT)
+    slow = dataclasses.replace(found.winner.record, speed=Speed(1.2, 1.1, 1.3, precise=True))
+    found = running.correct(found.winner, slow)
+    assert found.winner.record.name == "next"
+    assert statuses(found)["fast"] == "slower"
+
+
+@pytest.mark.parametrize("interrupt_at", [1, 2, 3, 6, 10])
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, interrupt_at: int) -> None:
+    path = tmp_path / "state.json"
+    figures = {
+        "static": Figures(0.4, tuple(0.2 if i == 5 else 0.0001 for i in range(16))),
+        "broken": Figures(0.1, failure="no"),
+        "safe": Figures(0.9, (0.0,)),
+    }
+    whole = Desk(figures)
+    expected = search(whole)
+    first = Desk(figures, interrupt_at)
+    with pytest.raises(KeyboardInterrupt):
+        search(first, State(path, "key"))
+    second = Desk(figures)
+    found = search(second, State(path, "key"))
+    assert [e.record for e in found.entries] == [e.record for e in expected.entries]
+    assert found.winner.spared == expected.winner.spared
+    examined = [c for c in first.calls + second.calls if c.startswith("examine")]
+    assert len(examined) == len(set(examined)), "nothing is examined twice"
+    third = Desk(figures, 0)
+    assert search(third, State(path, "key")).winner.record == expected.winner.record
+    assert report(search(third, State(path, "key"))).resumed == 4
+
+
+def test_another_model_starts_anew(tmp_path: Path) -> None:
+    desk = Desk({"fast": Figures(0.4)})
+    search(desk, State(tmp_path / "s.json", "one"))
+    again = Desk({"fast": Figures(0.4)})
+    assert search(again, State(tmp_path / "s.json", "two")).resumed == 0
+    assert "examine fast" in again.calls
+
+
+def test_too_few_samples_are_said() -> None:
+    found = search(Desk({"fast": Figures(0.4)}))
+    few = summarize(
+        found, LIMITS, "latency", metric="top1", metric_reason="", samples=12, calibration_samples=4, real=True
+    )
+    assert few.notes[0].startswith("Only 12 samples judged: what goes wrong with fewer than 25% of all inputs")
+    made = summarize(
+        found, Limits(0.1, None), "latency", metric="", metric_reason="", samples=3, calibration_samples=0, real=False
+    )
+    assert made.notes[0].startswith("Quality was judged by 3 sets of generated inputs")
