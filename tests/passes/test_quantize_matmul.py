@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxopt
-from onnxopt.analysis import products
+from onnxopt.analysis import matrices
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.contract import NEEDS_DATA, Context, Edit, Guarantee, Refusal
@@ -467,7 +467,7 @@ def test_gptq_halves_the_error():
 
 
 def test_data_goes_through_in_portions(monkeypatch):
-    monkeypatch.setattr(products, "GRAM_BYTES", 1)
+    monkeypatch.setattr(matrices, "GRAM_BYTES", 1)
     text = "g (float[n,96] x) => (float[n,96] y) { a = MatMul(x, w) b = Relu(a) y = MatMul(b, v) }"
     model = declare(text, {"w": random(96, 96), "v": random(96, 96, seed=1)})
     seen = []
