@@ -248,6 +248,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Store float32 constants in 16 bits, at no cost when running.",
         ),
         _entry(
+            "quantize-static",
+            "quantize.quantize_static:QuantizeStatic",
+            "Compute convolutional nets with 8-bit integers, with ranges learnt from data.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",

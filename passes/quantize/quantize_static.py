@@ -1,0 +1,345 @@
+"""Compute convolutional nets with 8-bit integers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.analysis.int8 import (
+    Between,
+    Layer,
+    Ties,
+    between,
+    is_global_average,
+    layer,
+    leaves_float_weight,
+    worthwhile,
+)
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
+from onnxopt.errors import UsageError
+from onnxopt.graph import (
+    Names,
+    Scope,
+    add_constant,
+    constant_array,
+    constant_tensor,
+    drop_unused_constants,
+    first_output,
+    insert_before,
+    make_node,
+    remove_node,
+    replace_value,
+    scopes,
+)
+from onnxopt.numeric import grids
+from onnxopt.numeric.grids import Array, Grid
+from onnxopt.numeric.histogram import Histogram, value_range
+
+METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
+PER_CHANNEL = 13
+"""From this opset on, DequantizeLinear takes a scale per channel."""
+MAX_BIAS = 2.0**30
+"""Integers of a bias stay below this, so that the sum they are added to stays within 32 bits."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeStatic(GraphPass):
+    """Compute Conv and Gemm, and what lies between them, with 8-bit integers whose ranges were learnt from data.
+
+    The model keeps its operators; QuantizeLinear and DequantizeLinear stand around them, which ONNX Runtime merges
+    into 8-bit kernels on the CPU. Activations become uint8 with a zero point, weights int8, with a scale per output
+    channel from opset 13 on, biases int32. Where a layer's output passes through pooling, layout nodes, Add, Mul,
+    Concat, Sigmoid or LeakyRelu on its way to another layer, these are computed with integers too.
+
+    Attributes:
+        ranges: Which part of the values seen on the calibration data the levels reach. "minmax": all of it.
+            "percentile": all but 0.005% at each end. "entropy": where the Kullback-Leibler divergence is least.
+            "mse": where the mean square of the rounding error is least. "auto": "mse".
+    """
+
+    name: ClassVar[str] = "quantize-static"
+    guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
+    needs_data: ClassVar[bool] = True
+
+    ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: If one cannot be used.
+        """
+        if self.ranges not in METHODS:
+            raise UsageError(f'quantize-static: ranges is "{self.ranges}"; use {", ".join(METHODS)}.')
+
+    def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
+        """Return why no layer can be computed with integers, or None."""
+        opset = next(scopes(model)).opset
+        if ctx.target == "cuda":
+            return "ONNX Runtime's CUDA provider has no 8-bit kernels for QuantizeLinear and DequantizeLinear to become"
+        if opset < 10:
+            return f"QuantizeLinear exists from opset 10 on, and this model has {opset}; raise it with --opset 13"
+        return NEEDS_DATA if ctx.calibration is None else None
+
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        """Yield one edit per layer, then one per node between layers that became integers, last to first."""
+        layers: list[Layer] = []
+        for scope in scopes(model):
+            for node in scope.graph:
+                found = layer(node, scope, ctx.shapes)
+                if isinstance(found, str):
+                    yield Refusal(Site(self.name, scope.path, first_output(node)), found)
+                elif found is not None:
+                    layers.append(found)
+        if not layers or ctx.calibration is None:
+            return
+        main = next(scopes(model))
+        others = [b for node in main.graph if (b := between(node, main, ctx.shapes)) is not None]
+        seen = _Seen(layers, others, "mse" if self.ranges == "auto" else self.ranges)
+        ctx.calibration.observe(model, seen.observers)
+        graph = _Graph(main, Names(model), seen, ctx.shapes)
+        for item in layers:
+            yield self._layer(item, graph)
+        chosen = worthwhile(others, graph.is_integer)
+        for other in reversed(chosen):
+            # Nodes are seen after those that use them: one that was left out takes those that fed only it along.
+            if any(graph.is_integer(v) for v in other.results):
+                yield self._between(other, graph)
+
+    def _layer(self, item: Layer, graph: _Graph) -> Edit | Refusal:
+        site = Site(self.name, "", first_output(item.node))
+        values = (item.source, item.result) if item.node.op_type == "Conv" else (item.source,)
+        reason = "its weight or bias holds NaN or infinity" if not _is_finite(item) else _first_reason(values, graph)
+        if reason is not None:
+            return Refusal(site, reason)
+        tensor = constant_tensor(item.weight)
+        assert tensor is not None, "layers have constant weights"
+        sizes = ",".join(str(size) for size in tensor.shape)
+        granularity = "channel" if graph.per_channel else "tensor"
+        low, high = graph.range(item.source)
+        summary = f"{item.node.op_type} with [{sizes}] weights in int8 per {granularity}, input {low:.4g} to {high:.4g}"
+        return Edit(site, summary, functools.partial(graph.quantize_layer, item))
+
+    def _between(self, item: Between, graph: _Graph) -> Edit | Refusal:
+        site = Site(self.name, "", first_output(item.node))
+        reason = _first_reason([*(v for _, v in item.sources), *item.results], graph)
+        if reason is not None:
+            return Refusal(site, reason)
+        summary = f"{item.node.op_type} between layers in uint8"
+        return Edit(site, summary, functools.partial(graph.quantize_between, item))
+
+
+def _is_finite(item: Layer) -> bool:
+    values = [item.weight] if item.bias is None else [item.weight, item.bias]
+    arrays = [constant_array(v) for v in values]
+    return all(bool(np.isfinite(bound).all()) for a in arrays if a is not None for bound in grids.value_range(a))
+
+
+def _first_reason(values: Iterable[ir.Value], graph: _Graph) -> str | None:
+    return next((r for v in values if (r := graph.reason(v)) is not None), None)
+
+
+class _Seen:
+    """What the values that may become integers take on: a histogram for each set that shares a grid."""
+
+    def __init__(self, layers: list[Layer], others: list[Between], method: Any) -> None:
+        self.ties = Ties(others)
+        self._method = method
+        self._histograms: dict[ir.Value, Histogram] = {}
+        self._grids: dict[ir.Value, Grid] = {}
+        self.observers: dict[str, list[Histogram]] = {}
+        passed = {v for b in others for v in b.results if self.ties.of(v) is self.ties.of(b.sources[0][1])}
+        sources = [*(x.source for x in layers), *(v for b in others for _, v in b.sources)]
+        for value in [*sources, *(x.result for x in layers), *(v for b in others for v in b.results)]:
+            histogram = self._histograms.setdefault(self.ties.of(value), Histogram())
+            # What is only handed on has been counted where it came from.
+            if constant_tensor(value) is None and value not in passed and value.name:
+                self.observers[value.name] = [histogram]
+
+    def histogram(self, value: ir.Value) -> Histogram:
+        return self._histograms[self.ties.of(value)]
+
+    def grid(self, value: ir.Value) -> Grid:
+        constant = constant_array(value)
+        if constant is not None:
+            return grids.asymmetric(*grids.value_range(constant))
+        key = self.ties.of(value)
+        if key not in self._grids:
+            low, high = value_range(self._histograms[key], self._method)
+            self._grids[key] = grids.asymmetric(np.asarray(low, np.float32), np.asarray(high, np.float32))
+        return self._grids[key]
+
+
+class _Graph:
+    """The main graph with the pairs of QuantizeLinear and DequantizeLinear that were put in."""
+
+    def __init__(self, scope: Scope, names: Names, seen: _Seen, shapes: Shapes) -> None:
+        self._scope = scope
+        self._names = names
+        self._seen = seen
+        self._shapes = shapes
+        self._pairs: dict[ir.Value, ir.Value] = {}
+        self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
+        self._weights: dict[tuple[ir.Value, int, bytes], ir.Value] = {}
+
+    @property
+    def per_channel(self) -> bool:
+        """Whether weights may have a scale per channel."""
+        return self._scope.opset >= PER_CHANNEL
+
+    def is_integer(self, value: ir.Value) -> bool:
+        """Whether the value is rounded to 8 bits."""
+        return value in self._pairs
+
+    def range(self, value: ir.Value) -> tuple[float, float]:
+        """Return the real numbers that the lowest and the highest level of a value stand for."""
+        grid = self._seen.grid(value)
+        low, high = ((level - int(grid.zero_point)) * float(grid.scale) for level in (0, 255))
+        return low, high
+
+    def reason(self, value: ir.Value) -> str | None:
+        """Return why a value has no grid, or None."""
+        constant = constant_array(value)
+        if constant is not None:
+            finite = constant.size and np.isfinite(constant).all()
+            return None if finite else f'the constant "{value.name}" is empty or holds NaN or infinity'
+        seen = self._seen.histogram(value)
+        if not seen.finite:
+            return f'"{value.name}" took on NaN or infinity on the calibration data'
+        if seen.low > seen.high:
+            return f'"{value.name}" held no elements on the calibration data'
+        if seen.low == seen.high == 0:
+            return f'"{value.name}" was 0 throughout the calibration data, so there is no range to divide into levels'
+        return None
+
+    def quantize_layer(self, item: Layer) -> None:
+        """Give a layer integers to compute with."""
+        node, weight = item.node, constant_array(item.weight)
+        assert weight is not None, "layers have constant weights"
+        source = self._pair(item.source)
+        axis = item.channel_axis if self.per_channel else None
+        grid = grids.symmetric(*grids.value_range(weight, axis), axis)
+        step = self._seen.grid(item.source).scale
+        if item.bias is not None:
+            channels = weight.shape[item.channel_axis]
+            bias = constant_array(item.bias)
+            assert bias is not None, "layers have constant biases"
+            bias = np.broadcast_to(bias.astype(np.float64).reshape(-1), (channels,))
+            grid = _reaching(grid, bias, step)
+            node.replace_input_with(2, self._bias(item.bias, bias, np.asarray(step * grid.scale, np.float32)))
+        node.replace_input_with(0, source)
+        node.replace_input_with(1, self._weight(item.weight, weight, grid))
+        drop_unused_constants([item.weight, item.bias])
+        # The kernel of Conv makes integers; that of Gemm can make floating-point numbers.
+        if node.op_type == "Conv":
+            self._pair(item.result)
+
+    def quantize_between(self, item: Between) -> None:
+        """Give a node between layers integers to compute with."""
+        for index, value in item.sources:
+            item.node.replace_input_with(index, self._pair(value))
+        for value in item.results:
+            self._pair(value)
+        if is_global_average(item.node, self._shapes):
+            self._pool(item.node)
+
+    def _pool(self, node: ir.Node) -> None:
+        """Write a ReduceMean as GlobalAveragePool, which unlike it has an 8-bit kernel."""
+        (mean,) = node.outputs
+        pool = make_node(self._names, "GlobalAveragePool", [node.inputs[0]], like=mean)
+        insert_before(node, pool)
+        replace_value(mean, pool.outputs[0])
+        axes = node.inputs[1:]
+        remove_node(node)
+        drop_unused_constants(axes)
+
+    def _pair(self, value: ir.Value) -> ir.Value:
+        """Return a value rounded to its grid, in floating point; everything that uses the value then uses that."""
+        known = self._pairs.get(value)
+        if known is not None:
+            return known
+        if constant_tensor(value) is not None:
+            return self._constant(value)
+        scale, zero_point = self._parameter(value)
+        rounded = make_node(self._names, "QuantizeLinear", [value, scale, zero_point], like=value)
+        rounded.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
+        restored = make_node(self._names, "DequantizeLinear", [rounded.outputs[0], scale, zero_point], like=value)
+        nodes = [rounded, restored]
+        if leaves_float_weight(value):
+            # ONNX Runtime does not look through it, nor take it out.
+            nodes.insert(0, make_node(self._names, "Max", [value], like=value))
+        producer = value.producer()
+        if producer is None:
+            self._scope.graph.insert_before(self._first, nodes)
+        else:
+            self._scope.graph.insert_after(producer, nodes)
+        replace_value(value, restored.outputs[0])
+        nodes[0].replace_input_with(0, value)
+        if len(nodes) > 2:
+            rounded.replace_input_with(0, nodes[0].outputs[0])
+        self._pairs[value] = restored.outputs[0]
+        return restored.outputs[0]
+
+    @property
+    def _first(self) -> ir.Node:
+        return next(iter(self._scope.graph))
+
+    def _parameter(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Return the scale and the zero point of a value as constants."""
+        key = self._seen.ties.of(value)
+        if key not in self._parameters:
+            grid = self._seen.grid(value)
+            self._parameters[key] = (
+                self._add(f"{value.name}_scale", grid.scale),
+                self._add(f"{value.name}_zero_point", grid.zero_point),
+            )
+        return self._parameters[key]
+
+    def _constant(self, value: ir.Value) -> ir.Value:
+        array, grid = constant_array(value), self._seen.grid(value)
+        assert array is not None, "only constants come here"
+        made = self._restored(value, grids.quantize(array, grid), grid.scale, grid.zero_point, None)
+        self._pairs[value] = made
+        return made
+
+    def _weight(self, value: ir.Value, weight: Array, grid: Grid) -> ir.Value:
+        """Return a weight's integers, restored; layers with the same weight share them."""
+        key = (value, -1 if grid.axis is None else grid.axis, grid.scale.tobytes())
+        if key not in self._weights:
+            integers = grids.quantize(weight, grid)
+            self._weights[key] = self._restored(value, integers, grid.scale, grid.zero_point, grid.axis)
+        return self._weights[key]
+
+    def _bias(self, value: ir.Value, bias: Array, scale: Array) -> ir.Value:
+        integers = np.rint(bias / scale).astype(np.int32)
+        return self._restored(value, integers, scale, None, 0 if scale.ndim else None)
+
+    def _restored(
+        self, value: ir.Value, integers: Array, scale: Array, zero_point: Array | None, axis: int | None
+    ) -> ir.Value:
+        inputs: list[ir.Value | None] = [self._add(f"{value.name}_{integers.dtype}", integers)]
+        inputs.append(self._add(f"{value.name}_scale", scale))
+        if zero_point is not None:
+            inputs.append(self._add(f"{value.name}_zero_point", zero_point))
+        attributes = {} if axis is None else {"axis": axis}
+        node = make_node(self._names, "DequantizeLinear", inputs, attributes, like=value)
+        node.outputs[0].shape = ir.Shape(integers.shape)
+        insert_before(self._first, node)
+        return node.outputs[0]
+
+    def _add(self, name: str, array: Array) -> ir.Value:
+        return add_constant(self._scope, self._names, name, array, self._first)
+
+
+def _reaching(grid: Grid, bias: Array, step: Array) -> Grid:
+    """Widen the scales of a weight until the bias, whose scale is theirs times that of the input, fits 32 bits."""
+    needed = np.abs(bias) / (float(step) * MAX_BIAS)
+    if grid.axis is None:
+        needed = needed.max()
+    return dataclasses.replace(grid, scale=np.asarray(np.maximum(grid.scale, needed), grid.scale.dtype))

@@ -1,0 +1,503 @@
+import collections
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
+from onnxopt.contract import NEEDS_DATA, Context, Edit
+from onnxopt.errors import UsageError
+from onnxopt.passes.quantize.quantize_static import QuantizeStatic
+
+KERNELS = {
+    "QLinearConv",
+    "QGemm",
+    "QLinearAdd",
+    "QLinearMul",
+    "QLinearConcat",
+    "QLinearSigmoid",
+    "QLinearLeakyRelu",
+    "QLinearAveragePool",
+    "QLinearGlobalAveragePool",
+    "NhwcMaxPool",
+}
+MOVES = {
+    "Transpose",
+    "Reshape",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Slice",
+    "Gather",
+    "Expand",
+    "Tile",
+    "Split",
+    "Resize",
+}
+"""What may be left besides: on integers, for there is one QuantizeLinear and one DequantizeLinear in all."""
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(np.float32)
+
+
+def build(body, inputs="float[1,8,12,12] x", outputs="float y", opset=18, extra=None):
+    """Build a model; its weights w* are [8,8,3,3], d* depthwise, p* pointwise, b* biases, whatever it uses."""
+    opsets = f'"" : {opset}, "com.microsoft" : 1'
+    proto = onnx.parser.parse_model(
+        f"<ir_version: 10, opset_import: [{opsets}]> agraph ({inputs}) => ({outputs}) {{ {body} }}"
+    )
+    arrays = {
+        **{f"w{i}": random(8, 8, 3, 3, seed=i) / 8 for i in range(4)},
+        **{f"d{i}": random(8, 1, 3, 3, seed=i) / 3 for i in range(2)},
+        **{f"p{i}": random(8, 8, 1, 1, seed=i) / 3 for i in range(3)},
+        **{f"b{i}": random(8, seed=i) for i in range(4)},
+        "six": np.array(6, np.float32),
+        "zero": np.array(0, np.float32),
+        **(extra or {}),
+    }
+    used = {name for node in proto.graph.node for name in node.input}
+    for name, array in arrays.items():
+        if name in used or f"{name})" in body:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    for output in proto.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True, data_prop=True))
+
+
+def feeds_for(model, count=8, seed=5):
+    return [
+        {v.name: random(*v.shape.numpy(), seed=seed + i) for v in model.graph.inputs if v.dtype == ir.DataType.FLOAT}
+        for i in range(count)
+    ]
+
+
+def context(model, feeds=None, target="cpu"):
+    return Context(
+        target=target,
+        seed=0,
+        evaluate=lambda node, inputs, opset: None,
+        shapes=Shapes(model),
+        calibration=calibration(feeds if feeds is not None else feeds_for(model), real=True),
+    )
+
+
+def apply(model, feeds=None, deny=(), **options):
+    """Apply every edit but those denied; return the summaries and the reasons by the output of their node."""
+    edits, refusals = {}, {}
+    for found in QuantizeStatic(**options).run(model, context(model, feeds)):
+        if not isinstance(found, Edit):
+            refusals[found.site.output] = found.reason
+        elif found.site.output not in deny:
+            found.apply()
+            edits[found.site.output] = found.summary
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return edits, refusals
+
+
+def session(model, path=None):
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    if path is not None:
+        options.optimized_model_filepath = str(path)
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def kernels(model, tmp_path):
+    """Return what ONNX Runtime makes of the model: operator -> how many nodes."""
+    path = tmp_path / "optimized.onnx"
+    session(model, path)
+    return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def error(original, model, feeds=None):
+    """Return the root mean square error of the outputs as a part of their standard deviation, the worst of them."""
+    feeds = feeds or feeds_for(original, seed=50)
+    before, after = session(original), session(model)
+    worst = 0.0
+    for feed in feeds:
+        for expected, got in zip(before.run(None, feed), after.run(None, feed), strict=True):
+            assert expected.shape == got.shape
+            worst = max(worst, float(np.sqrt(np.mean((expected - got) ** 2)) / np.std(expected)))
+    return worst
+
+
+FUSED = {
+    "one": "y = Conv(x, w0, b0)",
+    "without bias": "y = Conv(x, w0)",
+    "chain": "a = Conv(x, w0, b0) y = Conv(a, w1, b1)",
+    "relu": "a = Conv(x, w0, b0) r = Relu(a) y = Conv(r, w1, b1)",
+    "relu last": "a = Conv(x, w0, b0) y = Relu(a)",
+    "relu6": "a = Conv(x, w0, b0) r = Clip(a, zero, six) y = Conv(r, w1, b1)",
+    "depthwise": "a = Conv<group = 8>(x, d0, b0) y = Conv(a, p0)",
+    "grouped": "a = Conv<group = 2>(x, grouped, b0) y = Conv(a, p0)",
+    "dilated": "a = Conv<dilations = [2, 2]>(x, w0, b0) y = Conv(a, p0)",
+    "same padding": 'a = Conv<auto_pad = "SAME_UPPER", strides = [2, 2]>(x, w0, b0) y = Conv(a, p0)',
+    "residual": "a = Conv(x, p0, b0) b = Conv(a, p1) s = Add(a, b) r = Relu(s) y = Conv(r, p2)",
+    "added constant": "a = Conv(x, p0, b0) s = Add(a, one) y = Conv(s, p2)",
+    "gate": """a = Conv(x, p0, b0) g = GlobalAveragePool(a) c = Conv(g, p1) h = HardSigmoid(c) s = Mul(a, h)
+        y = Conv(s, p2)""",
+    "mean": "a = Conv(x, p0, b0) g = ReduceMean<keepdims = 1>(a, spatial) y = Conv(g, p1)",
+    "silu": "a = Conv(x, p0, b0) g = Sigmoid(a) s = Mul(a, g) y = Conv(s, p2)",
+    "leaky": "a = Conv(x, p0, b0) s = LeakyRelu<alpha = 0.1>(a) y = Conv(s, p2)",
+    "max pool": "a = Conv(x, p0, b0) s = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a) y = Conv(s, p2)",
+    "average pool": "a = Conv(x, p0, b0) s = AveragePool<kernel_shape = [3, 3], strides = [2, 2]>(a) y = Conv(s, p2)",
+    "concat": "a = Conv(x, p0, b0) b = Conv(x, p1) s = Concat<axis = 1>(a, b) y = Conv(s, wide)",
+    "concat of activated": """a = Conv(x, p0, b0) r = Relu(a) b = Conv(x, p1) q = Relu(b) s = Concat<axis = 1>(r, q)
+        y = Conv(s, wide)""",
+    "concat of one activated": """a = Conv(x, p0, b0) r = Relu(a) b = Conv(x, p1) s = Concat<axis = 1>(r, b)
+        y = Conv(s, wide)""",
+    "activated concat": "a = Conv(x, p0, b0) b = Conv(x, p1) s = Concat<axis = 1>(a, b) r = Relu(s) y = Conv(r, wide)",
+    "resize": "a = Conv(x, p0, b0) s = Resize(a, , twice) y = Conv(s, p2)",
+    "linear resize": 'a = Conv(x, p0, b0) s = Resize<mode = "linear">(a, , twice) y = Conv(s, p2)',
+    "moves": """a = Conv(x, p0, b0) s = Transpose<perm = [0, 1, 3, 2]>(a) u = Unsqueeze(s, axis) v = Squeeze(u, axis)
+        q = Reshape(v, shape) y = Conv(q, p2)""",
+    "slice": "a = Conv(x, p0, b0) s = Slice(a, first, last, axis) y = Conv(s, p2)",
+    "gather": "a = Conv(x, p0, b0) s = Gather<axis = 2>(a, order) y = Conv(s, p2)",
+    "expand": "a = Conv(x, p0, b0) m = GlobalAveragePool(a) s = Expand(m, shape) y = Conv(s, p2)",
+    "tile": "a = Conv(x, p0, b0) s = Tile(a, repeats) y = Conv(s, p2)",
+    "split": """a = Conv(x, p0, b0) s, t = Split<axis = 1, num_outputs = 2>(a) b = Conv(s, half) c = Conv(t, half)
+        y = Add(b, c)""",
+    "dense": "a = Conv(x, w0, b0) f = Flatten(a) g = Gemm<transB = 1>(f, dense, b1) r = Relu(g) y = Gemm(r, last8, b2)",
+}
+EXTRA = {
+    "grouped": random(8, 4, 3, 3) / 6,
+    "one": random(1, 8, 1, 1),
+    "spatial": np.array([2, 3], np.int64),
+    "wide": random(8, 16, 1, 1) / 4,
+    "twice": np.array([1, 1, 2, 2], np.float32),
+    "axis": np.array([2], np.int64),
+    "shape": np.array([1, 8, 8, 18], np.int64),
+    "first": np.array([1], np.int64),
+    "last": np.array([7], np.int64),
+    "order": np.array([3, 1, 0, 5], np.int64),
+    "repeats": np.array([1, 1, 2, 1], np.int64),
+    "half": random(8, 4, 1, 1) / 2,
+    "dense": random(8, 800) / 30,
+    "last8": random(8, 8) / 3,
+}
+FLOATING = {"gate": {"HardSigmoid": 1}, "split": {"Add": 1}}
+"""What has no 8-bit kernel, or feeds no layer, and so is computed in floating point."""
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_everything_becomes_8_bit_kernels(case, tmp_path):
+    extra = {**EXTRA, "shape": np.array([1, 8, 5, 7], np.int64)} if case == "expand" else EXTRA
+    model = build(FUSED[case], extra=extra)
+    original = model.clone()
+    edits, refusals = apply(model)
+    assert edits
+    assert refusals == {}
+    found = kernels(model, tmp_path)
+    left = {op: n for op, n in found.items() if op not in KERNELS | MOVES | {"QuantizeLinear", "DequantizeLinear"}}
+    assert left == FLOATING.get(case, {})
+    assert found["QuantizeLinear"] == 1 + (case in ("gate", "linear resize"))
+    assert found["DequantizeLinear"] <= 1 + (case in ("gate", "linear resize", "split"))
+    assert 1e-5 < error(original, model) < 0.06
+
+
+def test_inputs_of_other_ranks_are_convolved_with_integers(tmp_path):
+    for shape, weight in (((1, 8, 20), (8, 8, 3)), ((1, 4, 5, 5, 5), (4, 4, 3, 3, 3))):
+        sizes = ",".join(map(str, shape))
+        model = build("y = Conv(x, k)", inputs=f"float[{sizes}] x", extra={"k": random(*weight) / 5})
+        original = model.clone()
+        assert list(apply(model)[0]) == ["y"]
+        assert kernels(model, tmp_path)["QLinearConv"] == 1
+        assert error(original, model) < 0.1
+
+
+def test_before_and_after():
+    model = build("a = Conv(x, p0, b0) y = Relu(a)")
+    edits, _ = apply(model)
+    assert edits["a"].startswith("Conv with [8,8,1,1] weights in int8 per channel, input -")
+    assert [node.op_type for node in model.graph] == [
+        "DequantizeLinear",
+        "DequantizeLinear",
+        "QuantizeLinear",
+        "DequantizeLinear",
+        "Conv",
+        "Relu",
+        "QuantizeLinear",
+        "DequantizeLinear",
+    ]
+    assert [v.name for v in model.graph.outputs] == ["y"]
+    types = {name: (str(v.dtype), tuple(v.shape.numpy())) for name, v in model.graph.initializers.items()}
+    assert types == {
+        "p0_int8": ("INT8", (8, 8, 1, 1)),
+        "p0_scale": ("FLOAT", (8,)),
+        "p0_zero_point": ("INT8", (8,)),
+        "b0_int32": ("INT32", (8,)),
+        "b0_scale": ("FLOAT", (8,)),
+        "x_scale": ("FLOAT", ()),
+        "x_zero_point": ("UINT8", ()),
+        "y_scale": ("FLOAT", ()),
+        "y_zero_point": ("UINT8", ()),
+    }
+    step = (
+        model.graph.initializers["x_scale"].const_value.numpy()
+        * model.graph.initializers["p0_scale"].const_value.numpy()
+    )
+    np.testing.assert_array_equal(model.graph.initializers["b0_scale"].const_value.numpy(), step)
+
+
+NET = """a = Conv<pads = [1,1,1,1]>(x, w0, b0) r = Relu(a) m = MaxPool<kernel_shape = [3, 3], pads = [1,1,1,1]>(r)
+    c = Conv(m, p0) d = Conv<group = 8, pads = [1,1,1,1]>(c, d0) s = Add(c, d) t = Concat<axis = 1>(s, r) e = Conv(t, wide)
+    g = GlobalAveragePool(e) f = Flatten(g) y = Gemm(f, last8, b2)"""
+
+
+def test_every_edit_can_be_left_out(tmp_path):
+    original = build(NET, extra=EXTRA)
+    whole = original.clone()
+    edits, _ = apply(whole)
+    assert list(edits) == ["a", "c", "d", "e", "y", "f", "g", "t", "s", "m"]
+    assert error(original, whole) < 0.08
+    for site in edits:
+        model = original.clone()
+        rest, _ = apply(model, deny=[site])
+        assert site not in rest
+        assert error(original, model) < 0.08
+    model = original.clone()
+    assert list(apply(model, deny=["d"])[0]) == ["a", "c", "e", "y", "f", "g", "t", "s", "m"]
+    found = kernels(model, tmp_path)
+    assert found["QLinearConv"] == 3
+    assert found["Conv"] == 1
+    left = original.clone()
+    apply(left, deny=edits)
+    assert ir.to_proto(left).SerializeToString() == ir.to_proto(original).SerializeToString()
+
+
+def test_weights_of_float_layers_between_integers_are_not_rounded_by_the_runtime(tmp_path):
+    model = build("a = Conv(x, p0, b0) s = ConvTranspose(a, p1) r = Relu(s) y = Conv(r, p2)")
+    original = model.clone()
+    edits, refusals = apply(model)
+    assert list(edits) == ["a", "y"]
+    assert refusals == {"s": "ONNX Runtime has no 8-bit kernel for ConvTranspose"}
+    assert [n.op_type for n in model.graph if n.op_type in ("ConvTranspose", "Relu", "Max")] == [
+        "ConvTranspose",
+        "Relu",
+        "Max",
+    ]
+    path = tmp_path / "optimized.onnx"
+    session(model, path)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    (node,) = [n for n in onnx.load(path).graph.node if n.op_type == "ConvTranspose"]
+    np.testing.assert_array_equal(weights[node.input[1]], original.graph.initializers["p1"].const_value.numpy())
+    assert error(original, model) < 0.06
+
+
+def test_what_lies_between_float_layers_stays_float():
+    model = build(NET, extra=EXTRA)
+    assert list(apply(model, deny=["a", "c"])[0]) == ["d", "e", "y", "f", "g", "t", "s"]
+    assert list(apply(build(NET, extra=EXTRA), deny=["c", "d", "e", "y"])[0]) == ["a"]
+
+
+def test_looking_changes_nothing_and_twice_is_the_same():
+    model = build(NET, extra=EXTRA)
+    before = ir.to_proto(model).SerializeToString()
+    found = list(QuantizeStatic().run(model, context(model)))
+    assert found
+    assert ir.to_proto(model).SerializeToString() == before
+    twin = model.clone()
+    apply(model)
+    apply(twin)
+    assert ir.to_proto(model).SerializeToString() == ir.to_proto(twin).SerializeToString()
+
+
+def test_a_value_is_rounded_once_for_all_that_use_it():
+    model = build(
+        "a = Conv(x, p0) b = Conv(a, p1) c = Conv(a, p2) y = Add(b, c) z = Neg(a)", outputs="float y, float z"
+    )
+    original = model.clone()
+    apply(model)
+    assert sum(node.op_type == "QuantizeLinear" for node in model.graph) == 4
+    assert error(original, model) < 0.06
+
+
+def test_shared_weights_are_stored_once():
+    model = build("a = Conv(x, p0, b0) b = Conv(a, p0, b0) y = Conv(b, p0)")
+    original = model.clone()
+    apply(model)
+    assert [v.name for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8 and len(v.shape) == 4] == [
+        "p0_int8"
+    ]
+    # The steps of the two inputs differ, and with them those of the biases.
+    assert {name for name in model.graph.initializers if name.startswith("b0_int32")} == {"b0_int32", "b0_int32_1"}
+    assert error(original, model) < 0.06
+    part = original.clone()
+    apply(part, deny=["b"])
+    assert {"p0", "p0_int8", "b0"} <= set(part.graph.initializers)
+    assert error(original, part) < 0.06
+
+
+def test_names_of_graph_outputs_survive():
+    model = build("a = Conv(x, p0) r = Relu(a) y = Conv(r, p1) z = Identity(x)", outputs="float y, float r, float z")
+    original = model.clone()
+    apply(model)
+    assert [v.name for v in model.graph.outputs] == ["y", "r", "z"]
+    assert error(original, model) < 0.06
+
+
+def test_values_captured_by_a_body_keep_their_meaning():
+    body = """a = Conv(x, p0) r = Relu(a) y = If (c) <
+        then_branch = t () => (float[1,8,12,12] u) { u = Neg(r) },
+        else_branch = e () => (float[1,8,12,12] v) { v = Conv(r, p1) }>"""
+    model = build(body, inputs="float[1,8,12,12] x, bool c")
+    original = model.clone()
+    feeds = [{**feed, "c": np.array(i % 2 == 0)} for i, feed in enumerate(feeds_for(model))]
+    edits, refusals = apply(model, feeds)
+    assert list(edits) == ["a"]
+    assert refusals == {
+        "v": "it lies in the body of a node or in a function, whose values are not seen on the calibration data"
+    }
+    assert error(original, model, feeds) < 0.06
+
+
+def test_a_large_bias_fits_32_bits():
+    weight = random(8, 8, 1, 1)
+    weight[3] *= 1e-9
+    model = build("y = Conv(x, k, b)", extra={"k": weight, "b": np.full(8, 5, np.float32)})
+    original = model.clone()
+    apply(model)
+    assert error(original, model) < 0.06
+    assert model.graph.initializers["b_int32"].const_value.numpy().max() <= 2**30
+
+
+@pytest.mark.parametrize("opset", [10, 11, 12, 13, 17, 21, 23])
+def test_opsets(opset, tmp_path):
+    model = build("a = Conv(x, p0, b0) r = Relu(a) y = Conv(r, p1)", opset=opset)
+    original = model.clone()
+    edits, _ = apply(model)
+    granularity = "channel" if opset >= 13 else "tensor"
+    assert all(f"int8 per {granularity}" in summary for summary in edits.values())
+    assert kernels(model, tmp_path)["QLinearConv"] == 2
+    assert error(original, model) < 0.08
+
+
+def test_max_pool_takes_integers_from_opset_12_on():
+    body = "a = Conv(x, p0) m = MaxPool<kernel_shape = [2, 2]>(a) y = Conv(m, p1)"
+    assert list(apply(build(body, opset=11))[0]) == ["a", "y"]
+    assert list(apply(build(body, opset=12))[0]) == ["a", "y", "m"]
+
+
+@pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy", "mse"])
+def test_ranges(ranges):
+    model = build(NET, extra=EXTRA)
+    original = model.clone()
+    apply(model, ranges=ranges)
+    assert error(original, model) < 0.1
+
+
+def test_an_outlier_does_not_spoil_the_range():
+    model = build("a = Conv(x, p0) y = Conv(a, p1)")
+    feeds = feeds_for(model)
+    spoilt = [dict(feed) for feed in feeds]
+    spoilt[0]["x"] = spoilt[0]["x"].copy()
+    spoilt[0]["x"][0, 0, 0, 0] = 1000.0
+    errors = {}
+    for ranges in ("minmax", "percentile"):
+        copy = model.clone()
+        apply(copy, spoilt + feeds * 20, ranges=ranges)
+        errors[ranges] = error(model, copy, feeds[1:])
+    assert errors["percentile"] < errors["minmax"] / 5
+
+
+REFUSED = {
+    "its weight is computed while the model runs": ("k = Neg(p0) y = Conv(x, k)", {}),
+    "its bias is not constant": ("k = Neg(b0) y = Conv(x, p0, k)", {}),
+    "its weight or bias holds NaN or infinity": ("y = Conv(x, k)", {"k": np.full((8, 8, 1, 1), np.nan, np.float32)}),
+    "ONNX Runtime has no 8-bit kernel for ConvTranspose": ("y = ConvTranspose(x, p0)", {}),
+    "it is fused with what follows; run this pass before fuse-conv-add, or without it": (
+        'y = com.microsoft.FusedConv<activation = "Relu">(x, p0)',
+        {},
+    ),
+    "there is an 8-bit kernel for Gemm only with transA 0, alpha 1 and beta 1": (
+        "f = Flatten(x) y = Gemm<alpha = 2.0>(f, k)",
+        {"k": random(1152, 4)},
+    ),
+    '"n" took on NaN or infinity on the calibration data': ("z = Sub(x, x) n = Log(z) y = Conv(n, p0)", {}),
+    '"n" was 0 throughout the calibration data, so there is no range to divide into levels': (
+        "n = Sub(x, x) y = Conv(n, p0)",
+        {},
+    ),
+    '"y" held no elements on the calibration data': (
+        "n = Slice(x, first, first, axis) y = Conv(n, p0)",
+        {"first": np.array([1], np.int64), "axis": np.array([0], np.int64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_refusals(reason):
+    body, extra = REFUSED[reason]
+    model = build(body, extra=extra)
+    before = ir.to_proto(model).SerializeToString()
+    edits, refusals = {}, {}
+    for found in QuantizeStatic().run(model, context(model)):
+        (edits if isinstance(found, Edit) else refusals)[found.site.output] = found
+    assert not edits
+    assert [r.reason for r in refusals.values()] == [reason]
+    assert ir.to_proto(model).SerializeToString() == before
+
+
+def test_weights_that_the_caller_can_override_are_refused():
+    model = build("y = Conv(x, p0)")
+    model.graph.inputs.append(model.graph.initializers["p0"])
+    feeds = [{"x": feed["x"]} for feed in feeds_for(model)]
+    edits, refusals = apply(model, feeds)
+    assert not edits
+    assert refusals == {"y": "its weight is also an input of the graph, so the caller can override it"}
+
+
+def test_float16_is_refused():
+    body = "h = Cast<to = 10>(x) v = Conv(h, k) y = Cast<to = 1>(v)"
+    model = build(body, extra={"k": random(8, 8, 1, 1).astype(np.float16)})
+    assert apply(model) == ({}, {"v": "8-bit kernels stand for float32, and this computes with float16"})
+
+
+def test_functions_are_refused():
+    proto = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 18, "my" : 1]>
+        g (float[1,8,12,12] x, float[8,8,1,1] k) => (float y) { y = my.F(x, k) }
+        <domain: "my", opset_import: ["" : 18]> F (a, k) => (b) { b = Conv(a, k) }""")
+    model = ir.from_proto(proto)
+    found = list(QuantizeStatic().run(model, context(model)))
+    assert [(f.site.graph, f.reason) for f in found] == [
+        (
+            "function my::F",
+            "it lies in the body of a node or in a function, whose values are not seen on the calibration data",
+        )
+    ]
+
+
+def test_constants_between_layers_that_have_no_grid_are_refused(tmp_path):
+    model = build(
+        "a = Conv(x, p0) s = Add(a, k) y = Conv(s, p1)", extra={"k": np.full((1, 8, 1, 1), np.inf, np.float32)}
+    )
+    feeds = feeds_for(model)
+    edits, refusals = apply(model, feeds)
+    assert list(edits) == ["a"]
+    assert set(refusals) == {"y"}
+    model = build("a = Conv(x, p0) s = Mul(a, k) y = Conv(s, p1)", extra={"k": np.zeros((1, 8, 1, 1), np.float32)})
+    assert set(apply(model, feeds)[1]) == {"y"}
+
+
+def test_skipped():
+    model = build("y = Conv(x, p0)")
+    graph_pass = QuantizeStatic()
+    assert graph_pass.skip_reason(model, context(model)) is None
+    without = Context(target="cpu", seed=0, evaluate=lambda node, inputs, opset: None, shapes=Shapes(model))
+    assert graph_pass.skip_reason(model, without) == NEEDS_DATA
+    assert "CUDA" in graph_pass.skip_reason(model, context(model, target="cuda"))
+    old = build("y = Conv(x, p0)", opset=9)
+    assert graph_pass.skip_reason(old, context(old)) == (
+        "QuantizeLinear exists from opset 10 on, and this model has 9; raise it with --opset 13"
+    )
+
+
+def test_unknown_ranges():
+    with pytest.raises(UsageError, match='ranges is "best"; use auto, minmax'):
+        QuantizeStatic(ranges="best")
