@@ -501,3 +501,21 @@ def test_skipped():
 def test_unknown_ranges():
     with pytest.raises(UsageError, match='ranges is "best"; use auto, minmax'):
         QuantizeStatic(ranges="best")
+
+
+@pytest.mark.parametrize("body", ["y = Conv(x, k)", "y = Conv(x, k, b0)", "f = Flatten(x) y = Gemm(f, dense8, b0)"])
+def test_corrected_biases_keep_means(body):
+    # Weights that all round down, on inputs that are all positive: every product comes out too small.
+    weight = np.full((8, 8, 3, 3), 0.4 / 127, np.float32)
+    weight[:, 0, 0, 0] = 1
+    dense = np.full((1152, 8), 0.4 / 127, np.float32)
+    dense[0] = 1
+    original = build(body, extra={"k": weight, "dense8": dense})
+    feeds = [{"x": np.abs(feed["x"]) + 1} for feed in feeds_for(original)]
+    shifts = {}
+    for correct in (True, False):
+        model = original.clone()
+        apply(model, feeds, correct_bias=correct)
+        before, after = (np.concatenate([session(m).run(None, f)[0] for f in feeds]) for m in (original, model))
+        shifts[correct] = abs(float((after - before).mean()))
+    assert shifts[True] < shifts[False] / 20
