@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import onnx_ir as ir
 
@@ -31,10 +32,20 @@ LAYERS = ("Conv", "Gemm")
 """Operators with a weight that have a faster 8-bit kernel. MatMul is faster with ranges found while it runs."""
 PASSING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "Gather", "Expand", "Tile", "Split")
 """Operators that only hand elements on."""
-UNARY = ("AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu")
+UNARY = ("GlobalAveragePool", "Sigmoid", "LeakyRelu")
 BINARY = ("Add", "Mul")
 FUSED = ("FusedConv", "NhwcFusedConv")
 """Convolutions of com.microsoft that have no 8-bit kernel."""
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "Relu": (),
+    "Sigmoid": (),
+    "Tanh": (),
+    "LeakyRelu": ("alpha",),
+    "HardSigmoid": ("alpha", "beta"),
+    "Clip": ("min", "max"),
+}
+"""What FusedConv may end in -> what its activation_params are."""
+CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,6 +113,54 @@ def _bounds(node: ir.Node | None) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One of the nodes that do together what a FusedConv does; each but the first is applied to the one before.
+
+    Attributes:
+        op: The operator.
+        inputs: Its inputs, without what the step before makes.
+        attributes: Its attributes.
+        bounds: What a Clip bounds by.
+    """
+
+    op: str
+    inputs: tuple[ir.Value | None, ...] = ()
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bounds: tuple[float, ...] = ()
+
+    @classmethod
+    def activation(cls, op: str, parameters: Sequence[float]) -> Step | None:
+        """Return an activation that FusedConv has, or None where it is not known."""
+        names = ACTIVATIONS.get(op)
+        if names is None or len(names) != len(parameters):
+            return None
+        return (
+            cls(op, bounds=tuple(parameters))
+            if op == "Clip"
+            else cls(op, (), dict(zip(names, parameters, strict=True)))
+        )
+
+
+def apart(node: ir.Node, scope: Scope) -> list[Step] | None:
+    """Return the nodes that a FusedConv of the main graph stands for, or None for any other node."""
+    if scope.path or node.domain != "com.microsoft" or node.op_type != "FusedConv" or has_references(node):
+        return None
+    if constant_tensor(node.inputs[1]) is None:
+        return None
+    steps = [
+        Step("Conv", tuple(node.inputs[:3]), {a: attribute(node, a) for a in CONV_ATTRIBUTES if a in node.attributes})
+    ]
+    if len(node.inputs) > 3 and node.inputs[3] is not None:
+        steps.append(Step("Add", (node.inputs[3],)))
+    if "activation" in node.attributes:
+        found = Step.activation(attribute(node, "activation"), attribute(node, "activation_params", ()))
+        if found is None:
+            return None
+        steps.append(found)
+    return steps
+
+
 def leaves_float_weight(value: ir.Value) -> bool:
     """Whether a layer that stays in floating point makes a value, perhaps through activations.
 
@@ -122,7 +181,7 @@ def leaves_float_weight(value: ir.Value) -> bool:
 def layer(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
     """Return a node as a layer, why it is left alone although it looks like one, or None where it is none."""
     if node.domain == "com.microsoft" and node.op_type in FUSED:
-        return "it is fused with what follows; run this pass before fuse-conv-add, or without it"
+        return "it is fused with what follows, and cannot be taken apart"
     if is_op(node, "ConvTranspose"):
         return "ONNX Runtime has no 8-bit kernel for ConvTranspose"
     if not is_op(node, *LAYERS) or has_references(node):
@@ -178,9 +237,10 @@ def between(node: ir.Node, scope: Scope, shapes: Shapes) -> Between | None:
     if is_op(node, "Concat"):
         # Equal grids make it a mere copy, but an activation behind it must have a grid of its own.
         return Between(node, sources, results, tied=results == outputs)
-    if is_op(node, *BINARY, *UNARY) and not any(d != 1 for d in attribute(node, "dilations", ())):
-        return Between(node, sources, results, tied=False)
-    return Between(node, sources, results, tied=False) if is_global_average(node, shapes) else None
+    known = (
+        is_op(node, *BINARY, *UNARY) or is_global_average(node, shapes) or averaged_channels(node, shapes) is not None
+    )
+    return Between(node, sources, results, tied=False) if known else None
 
 
 def _keeps_elements(node: ir.Node, scope: Scope) -> bool:
@@ -199,6 +259,23 @@ def is_global_average(node: ir.Node, shapes: Shapes) -> bool:
     if not axes or rank is None or rank < 3:
         return False
     return sorted(a % rank for a in axes) == list(range(2, rank))
+
+
+def averaged_channels(node: ir.Node, shapes: Shapes) -> int | None:
+    """Return how many channels an AveragePool has whose outputs are all means of equally many elements, or None.
+
+    Such a one is a depthwise convolution with equal weights. The 8-bit kernel of AveragePool itself takes 3 to 5 times
+    as long as the one in floating point.
+    """
+    if not is_op(node, "AveragePool") or node.inputs[0] is None or has_references(node):
+        return None
+    shape = shapes.of(node.inputs[0])
+    padded = any(attribute(node, "pads", ())) or attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    uneven = padded and not attribute(node, "count_include_pad", 0)
+    dilated = any(d != 1 for d in attribute(node, "dilations", ()))
+    if shape is None or uneven or dilated or attribute(node, "ceil_mode", 0):
+        return None
+    return shape[1] if isinstance(shape[1], int) else None
 
 
 class Ties:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,7 +14,11 @@ import onnx_ir as ir
 from onnxopt.analysis.int8 import (
     Between,
     Layer,
+    Step,
     Ties,
+    activated,
+    apart,
+    averaged_channels,
     between,
     is_global_average,
     layer,
@@ -27,11 +32,13 @@ from onnxopt.graph import (
     Names,
     Scope,
     add_constant,
+    attribute,
     constant_array,
     constant_tensor,
     drop_unused_constants,
     first_output,
     insert_before,
+    is_op,
     make_node,
     remove_node,
     replace_value,
@@ -45,6 +52,8 @@ from onnxopt.numeric.means import ChannelMeans, mean_response
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 PER_CHANNEL = 13
 """From this opset on, DequantizeLinear takes a scale per channel."""
+CLIP_BY_INPUTS = 11
+"""From this opset on, Clip takes its bounds as inputs."""
 MAX_BIAS = 2.0**30
 """Integers of a bias stay below this, so that the sum they are added to stays within 32 bits."""
 
@@ -93,7 +102,15 @@ class QuantizeStatic(GraphPass):
         return NEEDS_DATA if ctx.calibration is None else None
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
-        """Yield one edit per layer, then one per node between layers that became integers, last to first."""
+        """Yield one edit per FusedConv, per layer, and per node between layers that became integers, last to first."""
+        main = next(scopes(model))
+        names = Names(model)
+        for node in main.graph:
+            steps = apart(node, main)
+            if steps is not None:
+                summary = f"FusedConv into {', '.join(step.op for step in steps)}"
+                site = Site(self.name, "", first_output(node))
+                yield Edit(site, summary, functools.partial(_take_apart, node, steps, main, names))
         layers: list[Layer] = []
         for scope in scopes(model):
             for node in scope.graph:
@@ -104,13 +121,12 @@ class QuantizeStatic(GraphPass):
                     layers.append(found)
         if not layers or ctx.calibration is None:
             return
-        main = next(scopes(model))
         others = [b for node in main.graph if (b := between(node, main, ctx.shapes)) is not None]
         seen = _Seen(layers, others, "mse" if self.ranges == "auto" else self.ranges)
         if self.correct_bias:
             seen.watch_means(layers)
         ctx.calibration.observe(model, seen.observers)
-        graph = _Graph(main, Names(model), seen, ctx.shapes)
+        graph = _Graph(main, names, seen, ctx.shapes)
         for item in layers:
             yield self._layer(item, graph)
         chosen = worthwhile(others, graph.is_integer)
@@ -118,6 +134,12 @@ class QuantizeStatic(GraphPass):
             # Nodes are seen after those that use them: one that was left out takes those that fed only it along.
             if any(graph.is_integer(v) for v in other.results):
                 yield self._between(other, graph)
+        for node in main.graph:
+            if is_op(node, "AveragePool") and graph.surrounds(node):
+                site = Site(self.name, "", first_output(node))
+                yield Edit(
+                    site, "AveragePool in float32, where it is faster", functools.partial(graph.keep_float, node)
+                )
 
     def _layer(self, item: Layer, graph: _Graph) -> Edit | Refusal:
         site = Site(self.name, "", first_output(item.node))
@@ -140,6 +162,26 @@ class QuantizeStatic(GraphPass):
             return Refusal(site, reason)
         summary = f"{item.node.op_type} between layers in uint8"
         return Edit(site, summary, functools.partial(graph.quantize_between, item))
+
+
+def _take_apart(node: ir.Node, steps: list[Step], scope: Scope, names: Names) -> None:
+    """Put nodes that have 8-bit kernels in the place of a FusedConv."""
+    (old,) = node.outputs
+    value: ir.Value | None = None
+    for step in steps:
+        inputs = [*step.inputs] if value is None else [value, *step.inputs]
+        attributes = dict(step.attributes)
+        if scope.opset >= CLIP_BY_INPUTS:
+            base = f"{old.name}/{step.op}"
+            inputs += [add_constant(scope, names, base, np.asarray(b, np.float32), node) for b in step.bounds]
+        else:
+            attributes |= dict(zip(("min", "max"), step.bounds, strict=False))
+        made = make_node(names, step.op, inputs, attributes, like=old)
+        insert_before(node, made)
+        value = made.outputs[0]
+    assert value is not None, "the first step is the convolution"
+    replace_value(old, value)
+    remove_node(node)
 
 
 def _is_finite(item: Layer) -> bool:
@@ -278,17 +320,45 @@ class _Graph:
         for value in item.results:
             self._pair(value)
         if is_global_average(item.node, self._shapes):
-            self._pool(item.node)
+            self._replace(item.node, "GlobalAveragePool", [item.node.inputs[0]], {})
+        elif (channels := averaged_channels(item.node, self._shapes)) is not None:
+            self._convolve(item.node, channels)
 
-    def _pool(self, node: ir.Node) -> None:
-        """Write a ReduceMean as GlobalAveragePool, which unlike it has an 8-bit kernel."""
-        (mean,) = node.outputs
-        pool = make_node(self._names, "GlobalAveragePool", [node.inputs[0]], like=mean)
-        insert_before(node, pool)
-        replace_value(mean, pool.outputs[0])
-        axes = node.inputs[1:]
+    def _convolve(self, node: ir.Node, channels: int) -> None:
+        """Write an AveragePool as a depthwise convolution, which has a faster 8-bit kernel."""
+        size = attribute(node, "kernel_shape")
+        integers = np.full((channels, 1, *size), 127, np.int8)
+        scale = np.asarray(1 / (127 * math.prod(size)), np.float32)
+        (output,) = node.outputs
+        weight = self._restored(output, integers, scale, np.zeros((), np.int8), None)
+        weight.shape = ir.Shape(integers.shape)
+        kept = {name: attribute(node, name) for name in ("strides", "pads", "auto_pad") if name in node.attributes}
+        attributes = {"kernel_shape": size, "group": channels, **kept}
+        self._replace(node, "Conv", [node.inputs[0], weight], attributes)
+
+    def _replace(
+        self, node: ir.Node, op_type: str, inputs: list[ir.Value | None], attributes: Mapping[str, Any]
+    ) -> None:
+        (old,) = node.outputs
+        new = make_node(self._names, op_type, inputs, attributes, like=old)
+        insert_before(node, new)
+        replace_value(old, new.outputs[0])
+        rest = node.inputs[1:]
         remove_node(node)
-        drop_unused_constants(axes)
+        drop_unused_constants(rest)
+
+    def surrounds(self, node: ir.Node) -> bool:
+        """Whether what a node reads and what it computes is rounded to 8 bits."""
+        made = {id(v) for v in self._pairs.values()}
+        return id(node.inputs[0]) in made and self.is_integer(activated(node.outputs[0]))
+
+    def keep_float(self, node: ir.Node) -> None:
+        """Keep ONNX Runtime from computing a node with integers: it does not look through Max, nor take it out."""
+        source = node.inputs[0]
+        assert source is not None, "it has an input"
+        copy = make_node(self._names, "Max", [source], like=source)
+        insert_before(node, copy)
+        node.replace_input_with(0, copy.outputs[0])
 
     def _pair(self, value: ir.Value) -> ir.Value:
         """Return a value rounded to its grid, in floating point; everything that uses the value then uses that."""

@@ -20,7 +20,6 @@ KERNELS = {
     "QLinearConcat",
     "QLinearSigmoid",
     "QLinearLeakyRelu",
-    "QLinearAveragePool",
     "QLinearGlobalAveragePool",
     "NhwcMaxPool",
 }
@@ -146,6 +145,8 @@ FUSED = {
     "leaky": "a = Conv(x, p0, b0) s = LeakyRelu<alpha = 0.1>(a) y = Conv(s, p2)",
     "max pool": "a = Conv(x, p0, b0) s = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(a) y = Conv(s, p2)",
     "average pool": "a = Conv(x, p0, b0) s = AveragePool<kernel_shape = [3, 3], strides = [2, 2]>(a) y = Conv(s, p2)",
+    "padded average pool": """a = Conv(x, p0, b0)
+        s = AveragePool<kernel_shape = [3, 2], pads = [1, 0, 1, 1], count_include_pad = 1>(a) y = Conv(s, p2)""",
     "concat": "a = Conv(x, p0, b0) b = Conv(x, p1) s = Concat<axis = 1>(a, b) y = Conv(s, wide)",
     "concat of activated": """a = Conv(x, p0, b0) r = Relu(a) b = Conv(x, p1) q = Relu(b) s = Concat<axis = 1>(r, q)
         y = Conv(s, wide)""",
@@ -247,6 +248,56 @@ def test_before_and_after():
 NET = """a = Conv<pads = [1,1,1,1]>(x, w0, b0) r = Relu(a) m = MaxPool<kernel_shape = [3, 3], pads = [1,1,1,1]>(r)
     c = Conv(m, p0) d = Conv<group = 8, pads = [1,1,1,1]>(c, d0) s = Add(c, d) t = Concat<axis = 1>(s, r) e = Conv(t, wide)
     g = GlobalAveragePool(e) f = Flatten(g) y = Gemm(f, last8, b2)"""
+
+
+@pytest.mark.parametrize("opset", [10, 11, 18])
+def test_fused_convolutions_are_taken_apart(opset, tmp_path):
+    model = build(
+        """a = Conv(x, p0, b0) b = com.microsoft.FusedConv<activation = "Relu">(a, p1, b1, a)
+        c = com.microsoft.FusedConv<activation = "Clip", activation_params = [0.0, 6.0]>(b, p2)
+        d = com.microsoft.FusedConv<activation = "LeakyRelu", activation_params = [0.1]>(c, p0, , c)
+        e = com.microsoft.FusedConv(d, p1) y = Conv(e, p2)""",
+        opset=opset,
+    )
+    model.graph.outputs[0].shape = ir.Shape([1, 8, 12, 12])
+    original = model.clone()
+    edits, refusals = apply(model)
+    assert refusals == {}
+    assert [edits[name] for name in "bcde"] == [
+        "FusedConv into Conv, Add, Relu",
+        "FusedConv into Conv, Clip",
+        "FusedConv into Conv, Add, LeakyRelu",
+        "FusedConv into Conv",
+    ]
+    found = kernels(model, tmp_path)
+    assert (found["QLinearConv"], found["QLinearAdd"], found["QLinearLeakyRelu"], found["QuantizeLinear"]) == (
+        6,
+        2,
+        1,
+        1,
+    )
+    assert error(original, model) < 0.15
+    some = original.clone()
+    edits, refusals = apply(some, deny=["c"])
+    assert refusals == {"c": "it is fused with what follows, and cannot be taken apart"}
+    assert error(original, some) < 0.15
+
+
+UNEVEN = ("pads = [1, 1, 1, 1]", "ceil_mode = 1, strides = [2, 2]", 'auto_pad = "SAME_UPPER"')
+
+
+@pytest.mark.parametrize("how", UNEVEN)
+def test_average_pools_over_uneven_windows_stay_in_float(how, tmp_path):
+    model = build(f"a = Conv(x, p0, b0) s = AveragePool<kernel_shape = [3, 3], {how}>(a) r = Relu(s) y = Conv(r, p2)")
+    original = model.clone()
+    edits, refusals = apply(model)
+    assert edits["s"] == "AveragePool in float32, where it is faster"
+    assert refusals == {}
+    found = kernels(model, tmp_path)
+    assert (found["AveragePool"], found["QLinearAveragePool"], found["QLinearConv"]) == (1, 0, 2)
+    assert error(original, model) < 0.06
+    # Where nothing around it is rounded there is nothing to guard against.
+    assert "s" not in apply(original.clone(), deny=["a"])[0]
 
 
 def test_every_edit_can_be_left_out(tmp_path):
@@ -410,8 +461,8 @@ REFUSED = {
     "its bias is not constant": ("k = Neg(b0) y = Conv(x, p0, k)", {}),
     "its weight or bias holds NaN or infinity": ("y = Conv(x, k)", {"k": np.full((8, 8, 1, 1), np.nan, np.float32)}),
     "ONNX Runtime has no 8-bit kernel for ConvTranspose": ("y = ConvTranspose(x, p0)", {}),
-    "it is fused with what follows; run this pass before fuse-conv-add, or without it": (
-        'y = com.microsoft.FusedConv<activation = "Relu">(x, p0)',
+    "it is fused with what follows, and cannot be taken apart": (
+        'y = com.microsoft.FusedConv<activation = "Softsign">(x, p0)',
         {},
     ),
     "there is an 8-bit kernel for Gemm only with transA 0, alpha 1 and beta 1": (
