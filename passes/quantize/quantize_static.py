@@ -65,7 +65,12 @@ class QuantizeStatic(GraphPass):
     The model keeps its operators; QuantizeLinear and DequantizeLinear stand around them, which ONNX Runtime merges
     into 8-bit kernels on the CPU. Activations become uint8 with a zero point, weights int8, with a scale per output
     channel from opset 13 on, biases int32. Where a layer's output passes through pooling, layout nodes, Add, Mul,
-    Concat, Sigmoid or LeakyRelu on its way to another layer, these are computed with integers too.
+    Concat, Sigmoid or LeakyRelu on its way to another layer, these are computed with integers too. Concat and what
+    hands elements on have one grid on both sides, so that it is a copy. AveragePool becomes a depthwise convolution
+    where it can, and FusedConv is taken apart, because neither has a fast 8-bit kernel.
+
+    Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in floating
+    point. Processors without VNNI instructions may saturate sums of two products; the search notices by the accuracy.
 
     Attributes:
         ranges: Which part of the values seen on the calibration data the levels reach. "minmax": all of it.
@@ -247,7 +252,7 @@ class _Graph:
         self._shapes = shapes
         self._pairs: dict[ir.Value, ir.Value] = {}
         self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._weights: dict[tuple[ir.Value, int, bytes], ir.Value] = {}
+        self._weights: dict[tuple[ir.Value, int, bytes, bool], ir.Value] = {}
 
     @property
     def per_channel(self) -> bool:
@@ -295,7 +300,7 @@ class _Graph:
             node.resize_inputs(3)
             node.replace_input_with(2, restored)
         node.replace_input_with(0, source)
-        node.replace_input_with(1, self._weight(item.weight, weight, grid))
+        node.replace_input_with(1, self._weight(item.weight, weight, grid, plain=node.op_type == "Conv"))
         drop_unused_constants([item.weight, item.bias])
         # The kernel of Conv makes integers; that of Gemm can make floating-point numbers.
         if node.op_type == "Conv":
@@ -330,8 +335,7 @@ class _Graph:
         integers = np.full((channels, 1, *size), 127, np.int8)
         scale = np.asarray(1 / (127 * math.prod(size)), np.float32)
         (output,) = node.outputs
-        weight = self._restored(output, integers, scale, np.zeros((), np.int8), None)
-        weight.shape = ir.Shape(integers.shape)
+        weight = self._restored(output, integers, scale, None, None)
         kept = {name: attribute(node, name) for name in ("strides", "pads", "auto_pad") if name in node.attributes}
         attributes = {"kernel_shape": size, "group": channels, **kept}
         self._replace(node, "Conv", [node.inputs[0], weight], attributes)
@@ -369,7 +373,6 @@ class _Graph:
             return self._constant(value)
         scale, zero_point = self._parameter(value)
         rounded = make_node(self._names, "QuantizeLinear", [value, scale, zero_point], like=value)
-        rounded.outputs[0].type = ir.TensorType(ir.DataType.UINT8)
         restored = make_node(self._names, "DequantizeLinear", [rounded.outputs[0], scale, zero_point], like=value)
         nodes = [rounded, restored]
         if leaves_float_weight(value):
@@ -381,6 +384,8 @@ class _Graph:
         else:
             self._scope.graph.insert_after(producer, nodes)
         replace_value(value, restored.outputs[0])
+        for node in nodes:
+            _drop_annotations(node.outputs[0])
         nodes[0].replace_input_with(0, value)
         if len(nodes) > 2:
             rounded.replace_input_with(0, nodes[0].outputs[0])
@@ -409,12 +414,14 @@ class _Graph:
         self._pairs[value] = made
         return made
 
-    def _weight(self, value: ir.Value, weight: Array, grid: Grid) -> ir.Value:
+    def _weight(self, value: ir.Value, weight: Array, grid: Grid, *, plain: bool) -> ir.Value:
         """Return a weight's integers, restored; layers with the same weight share them."""
-        key = (value, -1 if grid.axis is None else grid.axis, grid.scale.tobytes())
+        key = (value, -1 if grid.axis is None else grid.axis, grid.scale.tobytes(), plain)
         if key not in self._weights:
             integers = grids.quantize(weight, grid)
-            self._weights[key] = self._restored(value, integers, grid.scale, grid.zero_point, grid.axis)
+            # Left out it is 0; the rule that makes a kernel of Gemm wants it all the same.
+            zero_point = None if plain else grid.zero_point
+            self._weights[key] = self._restored(value, integers, grid.scale, zero_point, grid.axis)
         return self._weights[key]
 
     def _bias(self, value: ir.Value, bias: Array, scale: Array) -> ir.Value:
@@ -430,12 +437,18 @@ class _Graph:
             inputs.append(self._add(f"{value.name}_zero_point", zero_point))
         attributes = {} if axis is None else {"axis": axis}
         node = make_node(self._names, "DequantizeLinear", inputs, attributes, like=value)
-        node.outputs[0].shape = ir.Shape(integers.shape)
+        _drop_annotations(node.outputs[0])
         insert_before(self._first, node)
         return node.outputs[0]
 
     def _add(self, name: str, array: Array) -> ir.Value:
         return add_constant(self._scope, self._names, name, array, self._first)
+
+
+def _drop_annotations(value: ir.Value) -> None:
+    """Do without the type and shape of an inner value, which follow from its node: files grow by 2% with them."""
+    if not value.is_graph_output():
+        value.type = value.shape = None
 
 
 def _reaching(grid: Grid, bias: Array, step: Array) -> Grid:

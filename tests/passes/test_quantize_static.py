@@ -230,7 +230,6 @@ def test_before_and_after():
     assert types == {
         "p0_int8": ("INT8", (8, 8, 1, 1)),
         "p0_scale": ("FLOAT", (8,)),
-        "p0_zero_point": ("INT8", (8,)),
         "b0_int32": ("INT32", (8,)),
         "b0_scale": ("FLOAT", (8,)),
         "x_scale": ("FLOAT", ()),
