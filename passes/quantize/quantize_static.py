@@ -69,16 +69,17 @@ class QuantizeStatic(GraphPass):
     hands elements on have one grid on both sides, so that it is a copy. AveragePool becomes a depthwise convolution
     where it can, and FusedConv is taken apart, because neither has a fast 8-bit kernel.
 
-    Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in floating
-    point. Processors without VNNI instructions may saturate sums of two products; the search notices by the accuracy.
+    Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in
+    floating point. Processors without VNNI instructions may saturate sums of two products; the search notices by the
+    accuracy.
 
     Attributes:
         ranges: Which part of the values seen on the calibration data the levels reach. "minmax": all of it.
             "percentile": all but 0.005% at each end. "entropy": where the Kullback-Leibler divergence is least.
             "mse": where the mean square of the rounding error is least. "auto": "mse".
         correct_bias: Make up, in the bias, for what rounding the weights adds to the mean of each output channel on
-            the calibration data. It lowered the errors that a text reader makes with 8 bits from 0.36 points of the
-            characters more than in floating point to 0.10.
+            the calibration data. On PP-OCR's text reader with 16 images it lowered the characters that are wrong
+            because of the 8 bits from 3.9 in a hundred to 0.5.
     """
 
     name: ClassVar[str] = "quantize-static"
