@@ -241,12 +241,13 @@ def portions(found: Sequence[Matrix]) -> Iterator[list[Matrix]]:
 def grams(found: Sequence[Matrix], model: ir.Model, calibration: Calibration) -> dict[ir.Value, Gram]:
     """Run data through the model and return X^T X of what each matrix is first multiplied with.
 
-    Matrices whose input calibration cannot see, because it lies in a nested graph or a function, are left out.
+    Left out are matrices whose input calibration cannot see, because it lies in a nested graph or a function, and those
+    whose input took on NaN or infinity.
     """
     names = {matrix.value: name for matrix in found if (name := _observed(matrix))}
     seen = {names[m.value]: Gram(m.sizes(m.products[0])[1]) for m in found if m.value in names}
     calibration.observe(model, {name: [gram] for name, gram in seen.items()})
-    return {value: seen[name] for value, name in names.items() if seen[name].count}
+    return {value: seen[name] for value, name in names.items() if seen[name].usable}
 
 
 def _observed(matrix: Matrix) -> str:

@@ -52,8 +52,14 @@ class Gram:
         """
         rows = _vectors(array, self.axis, self.size)
         self.count += len(rows)
-        self.total += rows.T @ rows
+        with np.errstate(invalid="ignore", over="ignore"):  # what comes of it is not `usable`
+            self.total += rows.T @ rows
         self.sum += rows.sum(axis=0, dtype=np.float64)
+
+    @property
+    def usable(self) -> bool:
+        """Whether something was seen, and nothing of it was NaN, infinity or too large to square."""
+        return self.count > 0 and bool(np.isfinite(self.total).all())
 
     @property
     def mean(self) -> Array:

@@ -40,6 +40,16 @@ def test_before_the_first_vector_all_is_zero() -> None:
     assert not gram.mean.any()
 
 
+@pytest.mark.parametrize("odd", [np.nan, np.inf, 1e30])
+def test_what_cannot_be_squared_is_not_usable(odd: float) -> None:
+    gram = Gram(4)
+    assert not gram.usable
+    gram.add(random(3, 4))
+    assert gram.usable
+    gram.add(np.array([[1, odd, 0, 0]], np.float32))
+    assert not gram.usable
+
+
 def test_cross_products() -> None:
     cross = CrossGram((4, 6))
     x, y = random(2, 5, 4), random(2, 5, 6, seed=1)
