@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onnxopt.analysis.weights import weights
@@ -49,17 +49,20 @@ class Proposal:
     Attributes:
         name: What it is, in a few words.
         passes: Lossy passes as a pipeline string; empty for keeping the model as it is.
-        learns: Whether they are worth trying only with data to learn from.
     """
 
     name: str
     passes: str
-    learns: bool = False
 
     @property
     def pipeline(self) -> Pipeline:
         """The lossy passes."""
         return Pipeline.parse(self.passes) if self.passes else Pipeline((), "lossless")
+
+    @property
+    def learns(self) -> bool:
+        """Whether a pass learns from data."""
+        return any(p.wants_data() for p in self.pipeline.passes)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -95,21 +98,17 @@ _KINDS = {
 }
 
 
-def propose(
-    inventory: Inventory, target: Target, *, learning: bool, known: Collection[str] | None = None
-) -> list[Proposal]:
+def propose(inventory: Inventory, target: Target, *, learning: bool) -> list[Proposal]:
     """Return what to try, what is likely to win first.
 
     Args:
         inventory: What the model contains.
         target: What it is for.
         learning: Whether there is data that passes can learn from.
-        known: Names of the passes that there are; None for all.
     """
     makers = {"cpu": _for_cpu, "cuda": _for_cuda, "portable": _portable}
     proposals = makers[target](inventory) if inventory.total >= FEWEST_ELEMENTS else ()
-    possible = (p for p in proposals if known is None or set(p.names) <= set(known))
-    return [KEEP, *(p for p in possible if learning or not p.learns)]
+    return [KEEP, *(p for p in proposals if learning or not p.learns)]
 
 
 def _for_cpu(inventory: Inventory) -> Iterator[Proposal]:
@@ -117,7 +116,7 @@ def _for_cpu(inventory: Inventory) -> Iterator[Proposal]:
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")
         yield Proposal("4-bit blocks", f"{_BLOCKS},{_REST}")
-        yield Proposal("4-bit blocks, GPTQ", f"quantize-matmul{{bits=4,method=gptq}},{_REST}", learns=True)
+        yield Proposal("4-bit blocks, GPTQ", f"quantize-matmul{{bits=4,method=gptq}},{_REST}")
     yield Proposal("8-bit weights", _REST)
     yield Proposal("16-bit weights", "store-float16")
 
@@ -127,17 +126,17 @@ def _integers(inventory: Inventory) -> Iterator[Proposal]:
     products = inventory.product + inventory.recurrent >= FEWEST_ELEMENTS
     convolutions = inventory.convolution >= FEWEST_ELEMENTS
     if convolutions:
-        yield Proposal("static int8", f"quantize-static,{_REST}", learns=True)
+        yield Proposal("static int8", f"quantize-static,{_REST}")
     if products:
         yield from _dynamic(inventory, "dynamic int8", _REST)
     if products and convolutions:
-        yield from _dynamic(inventory, "static and dynamic int8", f"quantize-static,{_REST}", learns=True)
+        yield from _dynamic(inventory, "static and dynamic int8", f"quantize-static,{_REST}")
 
 
-def _dynamic(inventory: Inventory, name: str, rest: str, *, learns: bool = False) -> Iterator[Proposal]:
-    yield Proposal(name, f"quantize-dynamic,{rest}", learns)
+def _dynamic(inventory: Inventory, name: str, rest: str) -> Iterator[Proposal]:
+    yield Proposal(name, f"quantize-dynamic,{rest}")
     if inventory.product >= FEWEST_ELEMENTS:
-        yield Proposal(f"smoothed {name}", f"smooth-activations,quantize-dynamic,{rest}", learns=True)
+        yield Proposal(f"smoothed {name}", f"smooth-activations,quantize-dynamic,{rest}")
 
 
 def _portable(inventory: Inventory) -> Iterator[Proposal]:
@@ -147,7 +146,7 @@ def _portable(inventory: Inventory) -> Iterator[Proposal]:
 
 
 def _for_cuda(inventory: Inventory) -> Iterator[Proposal]:
-    yield Proposal("float16", "convert-float16", learns=True)
+    yield Proposal("float16", "convert-float16")
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")
         yield Proposal("4-bit blocks", f"{_BLOCKS},{_REST}")

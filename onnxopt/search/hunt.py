@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnxopt import manager, registry
+from onnxopt import manager
 from onnxopt.metrics import Evaluator
 from onnxopt.report.environment import environment
 from onnxopt.search import lab, state
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
     """Return what is worth trying on a model."""
     learning = settings.data is not None or settings.force_calibration
-    return propose(take_inventory(model), settings.target, learning=learning, known=registry.entries())
+    return propose(take_inventory(model), settings.target, learning=learning)
 
 
 def any_learns(found: Sequence[Proposal]) -> bool:
     """Return whether any proposal learns from data, so that some has to be set aside for it."""
-    return any(p.learns or registry.load(name).needs_data for p in found for name in p.names)
+    return any(p.learns for p in found)
 
 
 class Hunt:

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 import onnxopt
-from onnxopt.contract import TARGETS
+from onnxopt.contract import TARGETS, Target
 from onnxopt.registry import entries
 from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
 
@@ -77,7 +77,8 @@ def test_without_data_nothing_that_learns_is_proposed() -> None:
     assert "quantize-dynamic" in found
 
 
-def test_passes_that_do_not_exist_are_not_proposed() -> None:
-    found = propose(ALL, "cpu", learning=True, known=["quantize-weights"])
-    assert names(found) == ["keep fp32", "8-bit weights"]
-    assert names(propose(ALL, "cpu", learning=True, known=entries()))[0] == "keep fp32"
+@pytest.mark.parametrize("target", ["cpu", "cuda", "portable"])
+def test_every_pass_that_is_proposed_exists(target: Target) -> None:
+    for proposal in propose(ALL, target, learning=True):
+        assert set(proposal.names) <= entries().keys()
+        assert proposal.pipeline is not None

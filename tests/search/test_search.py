@@ -17,7 +17,7 @@ import onnxopt
 from onnxopt import registry
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.search import lab, run
+from onnxopt.search import hunt, lab, run
 
 MODELS = Path(__file__).parents[2] / "models"
 CNN = MODELS / "mnist_cnn_bn.onnx"
@@ -108,16 +108,18 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def register(monkeypatch: pytest.MonkeyPatch, **passes: type[GraphPass]) -> None:
-    """Have passes of this module found under names with `_` for `-`, and no quantizing ones beside quantize-weights."""
-    known = {n: e for n, e in registry.BUILTIN.items() if "quant" not in n and n != "smooth-activations"}
-    known["quantize-weights"] = registry.BUILTIN["quantize-weights"]
-    known.pop("store-float16", None)
-    for name, cls in passes.items():
-        key = name.replace("_", "-")
-        known[key] = registry.Entry(key, f"{__name__}:{cls.__name__}", "")
+    """Have passes of this module found under names with `_` for `-`; only they and quantize-weights are proposed."""
+    made_up = {name.replace("_", "-"): cls for name, cls in passes.items()}
+    entries = {key: registry.Entry(key, f"{__name__}:{cls.__name__}", "") for key, cls in made_up.items()}
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
-    monkeypatch.setattr(registry, "BUILTIN", known)
+    monkeypatch.setattr(registry, "BUILTIN", registry.BUILTIN | entries)
     registry.entries.cache_clear()
+    propose, wanted = hunt.propose, {"quantize-weights", *made_up}
+
+    def some(*arguments: Any, **options: Any) -> list[Any]:
+        return [p for p in propose(*arguments, **options) if set(p.names) <= wanted]
+
+    monkeypatch.setattr(hunt, "propose", some)
 
 
 @pytest.fixture(autouse=True)
