@@ -140,11 +140,19 @@ def _role(node: ir.Node, index: int, view: _View) -> Role | None:
     return Role(node, view.axes[channel], None if contraction is None else view.axes[contraction])
 
 
+_KINDS = {
+    ("com.microsoft", "FusedConv"): "Conv",
+    ("com.microsoft", "FusedGemm"): "Gemm",
+    ("com.microsoft", "Attention"): "projections",
+}
+"""Operators of ONNX Runtime that hold weights like others do."""
+
+
 def _axes(node: ir.Node, index: int, rank: int) -> tuple[int, int | None] | None:
     """Return the channel axis and the contraction axis of an input that is a weight, or None where it is none."""
-    if node.domain not in ("", "ai.onnx") or has_references(node):
+    if has_references(node):
         return None
-    match node.op_type, index:
+    match _KINDS.get((node.domain, node.op_type), node.op_type if node.domain in ("", "ai.onnx") else ""), index:
         case "Conv", 1:
             return 0, 1
         case "ConvTranspose", 1:
@@ -157,6 +165,8 @@ def _axes(node: ir.Node, index: int, rank: int) -> tuple[int, int | None] | None
             return (1, 0) if attribute(node, "transA", 0) else (0, 1)
         case "Gemm", 1:
             return (0, 1) if attribute(node, "transB", 0) else (1, 0)
+        case "projections", 1:
+            return (1, 0) if rank == 2 else None
         case (("LSTM" | "GRU" | "RNN"), (1 | 2)):
             return (1, 2) if rank == 3 else None
         case "Gather", 0:
