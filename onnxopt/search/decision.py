@@ -136,14 +136,14 @@ def choose(records: Sequence[Record], limits: Limits, objective: Objective) -> R
     """Return the winner: of the contenders those of the best quality, of these the smallest, and of these the fastest.
 
     Args:
-        records: The candidates; one of them keeps the model as it is.
+        records: The candidates, each with a name of its own; one of them keeps the model as it is.
         limits: The budget.
         objective: What to look for.
     """
     good = _good(contenders(records, limits, objective), limits)
     least = min(r.bytes or 0 for r in good)
     small = [r for r in good if (r.bytes or 0) <= least * (1 + SAME_SIZE)]
-    return min(small, key=lambda r: (_ratio(r), r.bytes or 0, r.name, r.pipeline))
+    return min(small, key=lambda r: (_ratio(r), r.bytes or 0, r.loss, r.name))
 
 
 def _good(records: Sequence[Record], limits: Limits) -> list[Record]:

@@ -113,6 +113,12 @@ def test_failures_keep_their_reason() -> None:
     assert (found.status, found.reason, found.ratio) == ("failed", "Conv failed", None)
 
 
+def test_of_equal_speed_and_size_the_better_quality_wins_without_a_limit() -> None:
+    better, worse = candidate("b", drop=0.0, high=0.0), candidate("a", drop=0.5, high=0.6)
+    for order in ([KEEP, better, worse], [KEEP, worse, better]):
+        assert choose(order, Limits(None, None), "latency") is better
+
+
 numbers = st.one_of(st.floats(0, 0.1), st.sampled_from([0.0, math.nan, math.inf]))
 
 
@@ -136,7 +142,13 @@ def records(draw: st.DrawFn) -> Record:
 budgets = st.one_of(st.none(), st.floats(0, 0.1), st.just(math.inf))
 
 
-@given(st.lists(records(), max_size=8), budgets, budgets, st.sampled_from(OBJECTIVES), st.randoms())
+@given(
+    st.lists(records(), max_size=8, unique_by=lambda r: r.name),  # what is known is kept by name
+    budgets,
+    budgets,
+    st.sampled_from(OBJECTIVES),
+    st.randoms(),
+)
 def test_the_winner_is_within_the_budget_not_slower_and_always_the_same(
     found: list[Record], max_error: float | None, max_drop: float | None, objective: Objective, rng: random.Random
 ) -> None:
