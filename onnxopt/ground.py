@@ -163,13 +163,13 @@ class Bench:
 
     def verify(self, outcome: manager.Outcome, passes: Sequence[GraphPass], budget: Budget) -> Verification | None:
         """Compare the result with the original under the weakest guarantee of the passes that left an edit."""
-        if self._verifier is None:
-            return None
         kept = {p.guarantee for p, r in zip(passes, outcome.passes, strict=True) if r.applied}
-        for guarantee in (Guarantee.REDEFINES, Guarantee.APPROXIMATE):
-            if guarantee in kept:
-                return self._verifier.check(outcome.model, guarantee, budget.max_error)
-        return self._verifier.check(outcome.model, Guarantee.EXACT)
+        weakest = (g for g in (Guarantee.REDEFINES, Guarantee.APPROXIMATE) if g in kept)
+        return self.check(outcome.model, next(weakest, Guarantee.EXACT), budget)
+
+    def check(self, candidate: ir.Model, guarantee: Guarantee, budget: Budget) -> Verification | None:
+        """Compare a finished model with the original under a guarantee."""
+        return None if self._verifier is None else self._verifier.check(candidate, guarantee, budget.max_error)
 
     def branches_not_run(self, result: ir.Model) -> str:
         """Say which branches of the result no input ran."""

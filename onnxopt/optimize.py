@@ -19,6 +19,7 @@ from onnxopt.inputs.likeness import unlike
 from onnxopt.judge import Budget
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
+from onnxopt.patch import apply_patch
 from onnxopt.pipeline import Pipeline
 from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, SearchReport, SlowPass
 from onnxopt.report.environment import environment
@@ -74,6 +75,7 @@ def optimize(
     force_calibration: bool = False,
     objective: Objective = "latency",
     state: str | os.PathLike[str] | None = None,
+    replay: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
     """Optimize a model, verify it against the original, measure both, and report.
@@ -105,6 +107,8 @@ def optimize(
         force_calibration: Without `data`, let passes that learn from data learn from generated inputs.
         objective: What to search for: the fastest model within the budget, or the smallest that is not slower.
         state: File that remembers what a search has found out, so that it can go on after an interruption.
+        replay: A patch that `onnxopt.patch.write_patch` made of an earlier result: instead of running passes, that
+            result is made again from the same original, verified and measured.
         progress: Told what is being done.
 
     Returns:
@@ -136,6 +140,9 @@ def optimize(
         state=state,
         progress=progress or Silent(),
     )
+    if replay is not None:
+        told = {"recipe": recipe, "passes": passes, "opset": opset, "fix_shape": fix_shape, "state": state}
+        return _replay(model, replay, settings, [name for name, value in told.items() if value is not None])
     if recipe is None and passes is None and (max_error is not None or max_drop is not None):
         return _search(model, settings)
     if objective != "latency" or state is not None:
@@ -182,6 +189,34 @@ def carry_out(
         metric = _metric(ground.reference, outcome.model, ground.budget, ground.options, bench)
     notes = (not_run,) if not_run else ()
     return _result(ground, pipeline, outcome, measurement, slow, verification, metric, notes=notes)
+
+
+def _replay(model: Source, patch: str | os.PathLike[str], settings: Settings, told: Sequence[str]) -> Result:
+    """Make a result again from its patch.
+
+    Raises:
+        UsageError: If other options say what to do to the model.
+        ModelError: If the patch cannot be used, or is for another model.
+    """
+    if told:
+        raise UsageError(f"replay makes what the patch holds; leave out {told[0]}.", "replay", told[0])
+    ground = prepare(model, settings, lambda _: False)
+    bench, progress = ground.bench, settings.progress
+    with ground.clock("passes"):
+        result, history = apply_patch(ground.source, patch)
+        outcome = manager.Outcome(result, (), manager.Denials())
+    with ground.clock("measure"):
+        progress.stage("measuring")
+        measurement = None if bench.not_measured else bench.measure(result, progress)
+    with ground.clock("verify"):
+        progress.stage("verifying the result")
+        verification = bench.check(result, history.guarantee, ground.budget)
+        not_run = bench.branches_not_run(result)
+        metric = _metric(ground.reference, result, ground.budget, ground.options, bench)
+    note = f"Made again from {os.fspath(patch)}, which holds the result of {history.pipeline or 'no pass'}."
+    notes = (note, not_run) if not_run else (note,)
+    replayed = Pipeline((), "replay")
+    return _result(ground, replayed, outcome, measurement, (), verification, metric, notes=notes)
 
 
 def _search(model: Source, settings: Settings) -> Result:

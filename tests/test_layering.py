@@ -15,7 +15,7 @@ LAYERS = [
     {"rewrite", "instantiate", "analysis", "pipeline"},
     {"passes", "session", "runtime"},
     {"model", "external", "opset", "fix_shape", "inputs", "feeds"},
-    {"calibrate", "compare", "timing", "verify", "measure", "metrics"},
+    {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
     {"manager"},
     {"judge", "report", "preview"},
     {"slowness", "ground"},

@@ -26,7 +26,9 @@ class Ending:
     """What the user wants of the result.
 
     Attributes:
-        out: Where the model goes; None when it is not written.
+        model: The model that the result is made of.
+        out: Where the result goes; None when it is not written.
+        patch: Where the patch goes that makes the result from the model again; None without.
         reports: Where the reports go.
         strict: Fail when an edit was dropped or the result could not be verified.
         verbose: List every edit.
@@ -37,7 +39,9 @@ class Ending:
         max_drop: The budget for the metric, if any.
     """
 
+    model: str
     out: Path | None
+    patch: Path | None
     reports: tuple[Path, ...]
     strict: bool
     verbose: bool
@@ -58,6 +62,7 @@ def ending(
     strict: bool,
     verbose: bool,
     quiet: bool,
+    patch: str | None = None,
 ) -> Ending:
     """Check what the user wants of the result before the long run.
 
@@ -70,7 +75,10 @@ def ending(
     out = files.destination(model, output, in_place=in_place)
     wanted = {name: settings[name] for name in ("verify", "measure", "max_error", "max_drop")}
     report_files = files.report_files(reports, Path(model), out)
-    return Ending(out=out, reports=report_files, strict=strict, verbose=verbose, quiet=quiet, **wanted)
+    kept = files.patch_file(patch, Path(model), out)
+    return Ending(
+        model=model, out=out, patch=kept, reports=report_files, strict=strict, verbose=verbose, quiet=quiet, **wanted
+    )
 
 
 def finish(run: Callable[[Progress], Result], wanted: Ending) -> None:
@@ -87,13 +95,8 @@ def finish(run: Callable[[Progress], Result], wanted: Ending) -> None:
         result = run(progress)
         report = result.report
         failure = _failure(report, wanted)
-        if wanted.out is not None and not failure:
-            from onnxopt.model import save
-
-            progress.stage(f"writing {wanted.out}")
-            save(result.model, wanted.out)
-            written().append(str(wanted.out))
-            report = dataclasses.replace(report, output=str(wanted.out))
+        if not failure:
+            report = _written(result, wanted, progress)
     for path in wanted.reports:
         _write_report(report, path)
     if wanted.quiet:
@@ -102,6 +105,26 @@ def finish(run: Callable[[Progress], Result], wanted: Ending) -> None:
         _show(report, wanted)
     if failure:
         raise VerificationError(f"{failure} {f'{wanted.out} was not' if wanted.out else 'Nothing was'} written.")
+
+
+def _written(result: Result, wanted: Ending, progress: Progress) -> Report:
+    """Write the model and the patch, and return the report that knows of the model."""
+    from onnxopt.model import load, save
+
+    report = result.report
+    if wanted.patch is not None:
+        # before the model, which may replace what the patch starts from
+        from onnxopt.patch import history, write_patch
+
+        progress.stage(f"writing {wanted.patch}")
+        write_patch(load(wanted.model), result.model, history(report), wanted.patch)
+        written().append(str(wanted.patch))
+    if wanted.out is not None:
+        progress.stage(f"writing {wanted.out}")
+        save(result.model, wanted.out)
+        written().append(str(wanted.out))
+        report = dataclasses.replace(report, output=str(wanted.out))
+    return report
 
 
 def _failure(report: Report, wanted: Ending) -> str:
@@ -153,5 +176,9 @@ def _show(report: Report, wanted: Ending) -> None:
         click.echo(f"Written to {report.output}.")
     else:
         click.echo("Nothing was written; name a file with -o to keep the result.")
+    if str(wanted.patch) in written():
+        click.echo(
+            f"Patch in {wanted.patch}; `onnxopt optimize {wanted.model} --replay {wanted.patch}` makes it again."
+        )
     for path in wanted.reports:
         click.echo(f"Report in {path}.")

@@ -32,6 +32,27 @@ def destination(source: str, output: str | None, *, in_place: bool) -> Path | No
     return Path(path)
 
 
+def patch_file(path: str | None, *models: Path | None) -> Path | None:
+    """Return where the patch goes.
+
+    Args:
+        path: The path as given.
+        *models: What it must not overwrite.
+
+    Raises:
+        UsageError: If it is the path of a model.
+        OutputError: If nothing can be written there.
+    """
+    from onnxopt.model import check_output
+
+    if path is None:
+        return None
+    if any(model is not None and _same(Path(path), model) for model in models):
+        raise UsageError(f"The patch {path} would overwrite the model.")
+    check_output(path)
+    return Path(path)
+
+
 def report_files(paths: tuple[str, ...], *models: Path | None) -> tuple[Path, ...]:
     """Return where the reports go.
 

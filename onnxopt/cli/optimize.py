@@ -21,6 +21,7 @@ Examples:
   onnxopt optimize model.onnx -o pruned.onnx -p "fuse-conv-bn,prune-weights{ratio=0.5}"
   onnxopt optimize model.onnx -o fast.onnx --target cpu --max-drop 0.5% --data test.npz --labels labels.npy
   onnxopt optimize model.onnx -o edge.onnx --fix-shape batch=1 --opset 17
+  onnxopt optimize model.onnx -o again.onnx --replay model.patch
 
 Lossy passes run only when they are named, or when --max-error or --max-drop gives a budget. A budget alone starts a
 search: ways to quantize the model are tried, judged on data that they do not learn from, and timed; the best
@@ -47,11 +48,13 @@ found something (OUT is not written); 2 usage, unreadable input or unwritable ou
 @options.fix_shape_option()
 @options.running_options
 @options.force_calibration_option()
+@options.patch_options
 @options.report_options
 def command(
     model: str,
     output: str | None,
     in_place: bool,
+    patch: str | None,
     reports: tuple[str, ...],
     strict: bool,
     verbose: bool,
@@ -73,6 +76,7 @@ def command(
         strict=strict,
         verbose=verbose,
         quiet=quiet,
+        patch=patch,
     )
 
     from onnxopt.optimize import optimize
@@ -86,7 +90,7 @@ def _remembered(settings: dict[str, Any], out: Path | None) -> Iterator[str | No
     """Give the file that a search is remembered in; one that was not asked for goes when the search is done."""
     searching = settings["recipe"] is None and settings["passes"] is None
     searching &= settings["max_error"] is not None or settings["max_drop"] is not None
-    if settings["state"] is not None or not searching or out is None:
+    if settings["state"] is not None or settings["replay"] is not None or not searching or out is None:
         yield settings["state"]
         return
     path = out.with_name(f"{out.name}.search.json")

@@ -290,6 +290,25 @@ def output_options(function: F) -> F:
     )
 
 
+def patch_options(function: F) -> F:
+    """Add `--patch` and `--replay`."""
+    return _decorated(
+        function,
+        click.option(
+            "--patch",
+            metavar="FILE",
+            type=click.Path(),
+            help="Also write how OUT differs from MODEL, to make it again with --replay.",
+        ),
+        click.option(
+            "--replay",
+            metavar="FILE",
+            type=click.Path(),
+            help="Instead of passes: make again from MODEL what --patch has written, then verify and measure it.",
+        ),
+    )
+
+
 def opset_option() -> Callable[[F], F]:
     """Add `--opset`."""
     return click.option(

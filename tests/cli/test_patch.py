@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from click.testing import Result
+
+MODELS = Path(__file__).parent.parent.parent / "models"
+Invoke = Callable[..., Result]
+
+
+def test_the_command_line_writes_and_replays(tmp_path: Path, invoke: Invoke) -> None:
+    model = str(MODELS / "mnist_cnn_bn.onnx")
+    out, patch, again = (str(tmp_path / n) for n in ("out.onnx", "out.patch", "again.onnx"))
+    first = invoke("optimize", model, "-o", out, "--patch", patch, "--no-measure")
+    assert first.exit_code == 0, first.output
+    assert f"Patch in {patch}" in first.output
+    second = invoke("optimize", model, "-o", again, "--replay", patch, "--no-measure")
+    assert second.exit_code == 0, second.output
+    assert "Made again from" in second.output
+    assert "verified" in second.output
+    assert Path(out).read_bytes() == Path(again).read_bytes()
+
+
+def test_the_command_line_refuses_a_replay_with_passes(tmp_path: Path, invoke: Invoke) -> None:
+    result = invoke("optimize", str(MODELS / "mnist_cnn.onnx"), "--replay", "x", "--passes", "fuse-gelu")
+    assert result.exit_code == 2
+    assert "--replay makes what the patch holds; leave out --passes." in result.output
+
+
+def test_a_patch_does_not_overwrite_the_model(invoke: Invoke) -> None:
+    model = str(MODELS / "mnist_cnn.onnx")
+    result = invoke("optimize", model, "--patch", model)
+    assert result.exit_code == 2
+    assert "would overwrite the model" in result.output
+
+
+def test_a_replay_with_another_model_is_one_sentence(tmp_path: Path, invoke: Invoke) -> None:
+    patch = str(tmp_path / "p")
+    assert invoke("optimize", str(MODELS / "mnist_cnn.onnx"), "--patch", patch, "--no-measure").exit_code == 0
+    result = invoke("optimize", str(MODELS / "mnist_cnn_bn.onnx"), "--replay", patch, "--no-measure")
+    assert result.exit_code == 2
+    assert "was made for another model" in result.output
