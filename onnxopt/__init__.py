@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
     from onnxopt.errors import OnnxOptError
     from onnxopt.measure import measure
+    from onnxopt.merge_trunk import merge_trunk
     from onnxopt.model import load, save
     from onnxopt.optimize import Result, optimize
     from onnxopt.pipeline import Pipeline
@@ -40,6 +41,7 @@ _HOMES = {
     "Site": "onnxopt.contract",
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
+    "merge_trunk": "onnxopt.merge_trunk",
     "optimize": "onnxopt.optimize",
     "quantize": "onnxopt.quantize",
     "save": "onnxopt.model",
@@ -59,6 +61,7 @@ __all__ = [
     "Site",
     "load",
     "measure",
+    "merge_trunk",
     "optimize",
     "quantize",
     "save",

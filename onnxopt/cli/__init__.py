@@ -26,6 +26,10 @@ from onnxopt.report.words import sentence
 _COMMANDS: dict[str, tuple[str, str]] = {
     "optimize": ("onnxopt.cli.optimize", "Optimize a model; verify, measure and report what changed."),
     "quantize": ("onnxopt.cli.quantize", "Quantize a model in one way that you choose."),
+    "merge-trunk": (
+        "onnxopt.cli.merge_trunk",
+        "Merge models that share their first layers into one with several heads.",
+    ),
     "inspect": ("onnxopt.cli.inspect", "Show what a model consists of and what the passes would do."),
     "verify": ("onnxopt.cli.verify", "Compare the outputs of two models."),
     "bench": ("onnxopt.cli.bench", "Time a model, or two against each other."),

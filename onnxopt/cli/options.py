@@ -355,10 +355,18 @@ def report_options(function: F) -> F:
         click.option(
             "--no-verify", "verify", flag_value=False, default=True, help="Do not compare outputs with MODEL's."
         ),
-        click.option("--no-measure", "measure", flag_value=False, default=True, help="Do not time the result."),
         click.option(
             "--strict", is_flag=True, help="Fail when an edit was dropped or the result could not be verified."
         ),
+        telling_options,
+    )
+
+
+def telling_options(function: F) -> F:
+    """Add the options that say how a result that is always verified is told."""
+    return _decorated(
+        function,
+        click.option("--no-measure", "measure", flag_value=False, default=True, help="Do not time the result."),
         click.option(
             "--report",
             "reports",
