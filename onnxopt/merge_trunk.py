@@ -250,7 +250,7 @@ def _notes(parts: Sequence[Part], trunk: Trunk) -> list[str]:
     """Tell in sentences what the merged model is."""
     notes = [
         f"{trunk.nodes:,} of {trunk.of:,} nodes, with {trunk.parameters:,} parameters, serve more than one model. "
-        "Every output equals that of its own model to the bit. What is called the original here is the models side by side."
+        "Every output equals that of its own model to the bit. The original here is the models side by side."
     ]
     for fork in trunk.forks[:5]:
         heads = "; ".join(f"{model} goes on with {op} {output}" for model, op, output in fork.heads[:6])
