@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
     from onnxopt.errors import OnnxOptError
+    from onnxopt.graft import extract
     from onnxopt.measure import measure
     from onnxopt.merge_trunk import merge_trunk
     from onnxopt.model import load, save
@@ -39,6 +40,7 @@ _HOMES = {
     "Report": "onnxopt.report.data",
     "Result": "onnxopt.optimize",
     "Site": "onnxopt.contract",
+    "extract": "onnxopt.graft",
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
     "merge_trunk": "onnxopt.merge_trunk",
@@ -59,6 +61,7 @@ __all__ = [
     "Report",
     "Result",
     "Site",
+    "extract",
     "load",
     "measure",
     "merge_trunk",

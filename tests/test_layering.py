@@ -18,7 +18,7 @@ LAYERS = [
     {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
     {"manager"},
     {"judge", "report", "preview"},
-    {"slowness", "ground"},
+    {"slowness", "ground", "graft"},
     {"search"},
     {"optimize"},
     {"quantize", "merge_trunk"},

@@ -1,0 +1,46 @@
+"""Why something is not cut or grafted: a closed list, so that programs and sweeps can count."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from onnxopt.errors import NothingDoneError
+
+Reason = Literal[
+    "open cut",
+    "empty cut",
+    "nested",
+    "no block",
+    "no backbone",
+    "unknown type",
+    "random",
+    "does not run",
+    "not reproduced",
+]
+"""What keeps a cut from being made:
+
+- open cut: the part needs values besides those that are named;
+- empty cut: nothing lies between the boundaries;
+- nested: a boundary lies inside the body of an If, Loop or Scan, or in a function;
+- no block: the model has no such block;
+- no backbone: no pooling and no linear layer was found in front of the outputs;
+- unknown type: the element type of a boundary value is told by nothing;
+- random: the part draws random numbers, so that nothing can be proven about it;
+- does not run: ONNX Runtime cannot run the model, or the result;
+- not reproduced: the result computes something else than it should.
+"""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
+class RefusedError(NothingDoneError):
+    """What was asked for cannot be done, or cannot be shown to be right; nothing was written.
+
+    Attributes:
+        reason: One of `REASONS`.
+    """
+
+    def __init__(self, reason: Reason, message: str) -> None:
+        """Say why, in one sentence that names what is concerned and what can be done."""
+        super().__init__(message)
+        self.reason = reason
