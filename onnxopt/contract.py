@@ -54,12 +54,29 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Width:
+    """How many channels, neurons or heads a layer has before and after an edit."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Edit:
-    """One change a pass proposes: `apply` makes it, and nothing else may touch the graph."""
+    """One change a pass proposes: `apply` makes it, and nothing else may touch the graph.
+
+    Attributes:
+        site: Where.
+        summary: What, in words.
+        apply: Does it.
+        widths: The layers that become narrower; the report draws them.
+    """
 
     site: Site
     summary: str
     apply: Callable[[], None]
+    widths: tuple[Width, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -190,6 +207,7 @@ class AppliedEdit:
 
     site: Site
     summary: str
+    widths: tuple[Width, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

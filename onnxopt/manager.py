@@ -28,6 +28,7 @@ from onnxopt.contract import (
     Refusal,
     Silent,
     Site,
+    Width,
 )
 from onnxopt.errors import VerificationError
 from onnxopt.pipeline import spec
@@ -110,6 +111,7 @@ class _Applied:
     position: int
     site: Site
     summary: str
+    widths: tuple[Width, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -332,7 +334,7 @@ def _run_pass(
                 edit = item
                 item.apply()
                 edit = None
-                trial.applied.append(_Applied(position, item.site, item.summary))
+                trial.applied.append(_Applied(position, item.site, item.summary, item.widths))
         return True
     except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal
         reason = f"{CRASHED} {type(error).__name__}: {error}".strip().rstrip(":")
@@ -361,7 +363,7 @@ def _reports(passes: Sequence[GraphPass], trials: Sequence[_Trial], denials: Den
     seconds: dict[int, float] = {}
     for trial in trials:
         for edit in trial.applied:
-            applied.setdefault(edit.position, []).append(AppliedEdit(edit.site, edit.summary))
+            applied.setdefault(edit.position, []).append(AppliedEdit(edit.site, edit.summary, edit.widths))
         refusals.update(trial.refusals)
         skipped.update(trial.skipped)
         seconds.update(trial.seconds)

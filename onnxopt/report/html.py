@@ -11,7 +11,7 @@ from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
-    from onnxopt.contract import PassReport, Site
+    from onnxopt.contract import PassReport, Site, Width
     from onnxopt.report.data import Candidate, Report, SearchReport
     from onnxopt.verify import OutputDeviation, Verification
 
@@ -109,6 +109,9 @@ def _sections(report: Report) -> Iterable[Html]:
     yield _section("Result against original", charts.ratio_chart(_bars(report)), _comparison(report))
     if report.search is not None:
         yield _section("Search", *_search(report.search))
+    widths = [w for p in report.passes for e in p.applied for w in e.widths]
+    if widths:
+        yield _section("Widths", *_widths(widths))
     if report.verification is not None:
         yield _section("Outputs", *_outputs(report.verification, report.data))
     yield _section("Passes", *_passes(report))
@@ -203,6 +206,20 @@ def _output_row(output: OutputDeviation) -> Html:
         tag("td", first, class_="first"),
         tag("td", "ok" if output.ok else "differs", class_="good" if output.ok else "bad"),
     )
+
+
+def _widths(widths: Sequence[Width]) -> Iterable[Html]:
+    """Draw what is left of the layers that became narrower."""
+    last = {w.layer: w for w in widths}
+    first = {w.layer: w.before for w in reversed(widths)}
+    bars = [
+        charts.Bar(words.printable(name), w.after / first[name], f"{first[name]:,} -> {w.after:,}")
+        for name, w in last.items()
+        if first[name]
+    ]
+    yield charts.ratio_chart(bars[:EDITS])
+    if len(bars) > EDITS:
+        yield tag("p", f"And {len(bars) - EDITS:,} more layers; the JSON report has all.", class_="dim")
 
 
 def _search(search: SearchReport) -> Iterable[Html]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from onnxopt.analysis.inspect import ModelStats
-from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
+from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site, Width
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
 from onnxopt.report.data import (
@@ -39,8 +39,8 @@ def pass_report(name: str, status: Any, **changes: Any) -> PassReport:
     return dataclasses.replace(plain, **changes)
 
 
-def applied(name: str, output: str, summary: str, graph: str = "") -> AppliedEdit:
-    return AppliedEdit(Site(name, graph, output), summary)
+def applied(name: str, output: str, summary: str, graph: str = "", widths: tuple[Width, ...] = ()) -> AppliedEdit:
+    return AppliedEdit(Site(name, graph, output), summary, widths)
 
 
 def passes() -> tuple[PassReport, ...]:
@@ -55,7 +55,7 @@ def passes() -> tuple[PassReport, ...]:
         pass_report(
             "merge-common-subexpressions",
             "kept",
-            applied=(applied("merge", LONG, "same as /Other_output_0", "If_3.then_branch"),),
+            applied=(applied("merge", LONG, "same as /Other_output_0", "If_3.then_branch", (Width("conv", 64, 32),)),),
             dropped=(
                 DroppedEdit(Site("merge", "", "/bad_output_0"), "same as /x", "output logits deviates by 3.4e-02"),
             ),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from onnxopt.contract import AppliedEdit, DroppedEdit, Site
+from onnxopt.contract import AppliedEdit, DroppedEdit, Site, Width
 from onnxopt.report import charts
 from onnxopt.report.data import Report
 from onnxopt.report.html import EDITS, to_html
@@ -138,7 +138,7 @@ def test_names_from_strangers_are_text(make: Make, report: Report, logits: Any) 
         name=EVIL,
         spec=EVIL,
         reason=EVIL,
-        applied=(AppliedEdit(site, EVIL),),
+        applied=(AppliedEdit(site, EVIL, (Width(EVIL, 8, 4),)),),
         dropped=(DroppedEdit(site, EVIL, EVIL),),
         refusals=((EVIL, 1),),
     )
@@ -182,6 +182,21 @@ def test_many_edits_are_cut_with_a_word(make: Make, report: Report) -> None:
     page = to_html(make(passes=(dataclasses.replace(report.passes[0], applied=edits),)))
     assert f"edit_{EDITS - 1}<" in page and f"edit_{EDITS}<" not in page
     assert "And 7 more; the JSON report has all." in page
+
+
+def test_widths_are_drawn_from_the_first_to_the_last_edit(make: Make, report: Report) -> None:
+    edits = (
+        AppliedEdit(Site("p", "", "a"), "x", (Width("conv1", 64, 48), Width("conv2", 32, 30))),
+        AppliedEdit(Site("p", "", "b"), "x", (Width("conv1", 48, 32),)),
+    )
+    page = to_html(make(passes=(dataclasses.replace(report.passes[0], applied=edits),)))
+    assert "<h2>Widths</h2>" in page
+    assert "conv1: 64 -&gt; 32" in page and "conv2: 32 -&gt; 30" in page
+
+
+def test_without_narrower_layers_there_is_no_picture_of_widths(make: Make, report: Report) -> None:
+    assert "<h2>Widths</h2>" in to_html(report)
+    assert "<h2>Widths</h2>" not in to_html(make(passes=(report.passes[1],)))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e-7, 1.0, 1e9, math.inf, math.nan])
