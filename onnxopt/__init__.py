@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
     from onnxopt.errors import OnnxOptError
-    from onnxopt.graft import extract
+    from onnxopt.graft import extract, graft
     from onnxopt.measure import measure
     from onnxopt.merge_trunk import merge_trunk
     from onnxopt.model import load, save
@@ -41,6 +41,7 @@ _HOMES = {
     "Result": "onnxopt.optimize",
     "Site": "onnxopt.contract",
     "extract": "onnxopt.graft",
+    "graft": "onnxopt.graft",
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
     "merge_trunk": "onnxopt.merge_trunk",
@@ -62,6 +63,7 @@ __all__ = [
     "Result",
     "Site",
     "extract",
+    "graft",
     "load",
     "measure",
     "merge_trunk",

@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("onnxopt.cli.inspect", "Show what a model consists of and what the passes would do."),
     "verify": ("onnxopt.cli.verify", "Compare the outputs of two models."),
     "extract": ("onnxopt.cli.extract", "Cut a part out of a model, and prove that it computes the same alone."),
+    "graft": ("onnxopt.cli.graft", "Put a part of one model into another, and prove what it computes there."),
     "bench": ("onnxopt.cli.bench", "Time a model, or two against each other."),
     "passes": ("onnxopt.cli.passes", "List the passes and recipes, or describe one."),
     "explain": ("onnxopt.cli.explain", "Show every edit a pass would make, and why it left the rest alone."),

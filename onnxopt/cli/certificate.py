@@ -15,7 +15,7 @@ from onnxopt.errors import UsageError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-    from onnxopt.graft.certificate import ExtractCertificate
+    from onnxopt.graft.certificate import ExtractCertificate, GraftCertificate
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,7 +50,12 @@ def manifest_file(path: str | None, target: Path | None, *models: str) -> Path |
 
 
 def conclude(
-    model: ir.Model, certificate: ExtractCertificate, target: Path | None, manifest: Path | None, *, quiet: bool
+    model: ir.Model,
+    certificate: ExtractCertificate | GraftCertificate,
+    target: Path | None,
+    manifest: Path | None,
+    *,
+    quiet: bool,
 ) -> None:
     """Write the result and what is known about it, and print that.
 

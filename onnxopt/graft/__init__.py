@@ -2,5 +2,6 @@
 
 from onnxopt.graft.extraction import Extraction, extract
 from onnxopt.graft.reasons import REASONS, Reason, RefusedError
+from onnxopt.graft.transplant import Grafted, graft
 
-__all__ = ["REASONS", "Extraction", "Reason", "RefusedError", "extract"]
+__all__ = ["REASONS", "Extraction", "Grafted", "Reason", "RefusedError", "extract", "graft"]

@@ -14,7 +14,7 @@ from onnxopt.graph import scopes
 from onnxopt.model import ORIGINAL
 from onnxopt.proto.datafile import DataFile
 from onnxopt.proto.tensors import EmbeddedTensor, ExternalTensor
-from onnxopt.report.words import count, deviation
+from onnxopt.report.words import count, deviation, size
 
 SCHEMA_VERSION = 1
 
@@ -97,6 +97,131 @@ class ExtractCertificate:
             f"Certified: alone it computes what it computes inside the model, on the model's own boundary values, over "
             f"{count(self.sets, 'set')} of inputs ({agreement(self.matches)}).",
         ]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Mapped:
+    """What a boundary value of the donor is in the host.
+
+    Attributes:
+        donor: Name of the value in the donor.
+        host: Name of the value in the host whose place it takes, or which it reads.
+        adapters: What lies in between, in words; empty when nothing does.
+    """
+
+    donor: str
+    host: str
+    adapters: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fitted:
+    """An adapter that was fitted to data.
+
+    Attributes:
+        adapter: Which, in words.
+        explained: Share of the variance of what it should give that it gives, on samples it was not fitted to where
+            there are enough; else on those it was.
+        samples: How many samples it was fitted to.
+        held_out: How many others judged it; 0 when there were too few.
+    """
+
+    adapter: str
+    explained: float
+    samples: int
+    held_out: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GraftCertificate:
+    """What was put where, and the proof that it computes there what it computes in the donor.
+
+    Attributes:
+        schema_version: Of this form.
+        operation: "graft".
+        host: Files of the host.
+        donor: Files of the donor.
+        result: Files that were written; empty until then.
+        replaced: What was cut out of the host; "after T" for an insertion.
+        inserted: What was put there.
+        copies: How often.
+        inputs: What each input of the donor's part reads.
+        outputs: What each of its outputs replaces.
+        kept: Values of the host's part that its own nodes go on computing, because others need them.
+        nodes: Nodes of the host before, and of the result.
+        shared_bytes: Size of the donor's constants that the host already had.
+        opsets: (whose, what was done) for operator sets that were converted.
+        sets: How many sets of inputs of the host were run.
+        slices: The donor's part alone against the same inside the result, on the values that it reads there.
+        untouched: Outputs and boundary values in front of the graft, against the host as it was.
+        changed: Outputs of the model behind the graft.
+        fitted: The adapters that were fitted to data.
+    """
+
+    schema_version: int
+    operation: str
+    host: tuple[FileHash, ...]
+    donor: tuple[FileHash, ...]
+    result: tuple[FileHash, ...]
+    replaced: str
+    inserted: str
+    copies: int
+    inputs: tuple[Mapped, ...]
+    outputs: tuple[Mapped, ...]
+    kept: tuple[str, ...]
+    nodes: tuple[int, int]
+    shared_bytes: int
+    opsets: tuple[tuple[str, str], ...]
+    sets: int
+    slices: tuple[Match, ...]
+    untouched: tuple[Match, ...]
+    changed: tuple[str, ...]
+    fitted: tuple[Fitted, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is as it should be."""
+        return all(m.ok for m in (*self.slices, *self.untouched))
+
+    def words(self) -> list[str]:
+        """Return the certificate in sentences."""
+        times = f", {self.copies} times in a row" if self.copies > 1 else ""
+        lines = [f"Put {self.inserted} in the place of {self.replaced}{times}: {_nodes(self.nodes)}."]
+        if self.replaced.startswith("after "):
+            lines = [f"Put {self.inserted} {self.replaced}{times}: {_nodes(self.nodes)}."]
+        lines += [f"  in   {m.donor} reads {m.host}{_by_way_of(m.adapters)}" for m in self.inputs]
+        lines += [f"  out  {m.donor} replaces {m.host}{_by_way_of(m.adapters)}" for m in self.outputs]
+        if self.kept:
+            lines.append(f"The host's own nodes still compute {', '.join(self.kept)}, which others read.")
+        lines += [f"The {whose}: {what}." for whose, what in self.opsets]
+        if self.shared_bytes:
+            lines.append(f"{size(self.shared_bytes)} of equal weights are stored once.")
+        lines += [_fit(f) for f in self.fitted]
+        lines.append(
+            f"Certified: the donor's part alone computes what it computes inside the host, on the host's own boundary "
+            f"values, over {count(self.sets, 'set')} of inputs ({agreement(self.slices)}). {self._around()}"
+        )
+        return lines
+
+    def _around(self) -> str:
+        behind = f"Behind the graft: {', '.join(self.changed)}." if self.changed else "No output depends on the graft."
+        return f"What does not depend on it is as it was ({agreement(self.untouched)}). {behind}"
+
+
+def _nodes(pair: tuple[int, int]) -> str:
+    return f"{pair[0]:,} -> {count(pair[1], 'node')}"
+
+
+def _by_way_of(adapters: tuple[str, ...]) -> str:
+    return f" by way of {', then '.join(adapters)}" if adapters else ""
+
+
+def _fit(fitted: Fitted) -> str:
+    on = f"{count(fitted.held_out, 'other sample')}" if fitted.held_out else "the same samples"
+    return (
+        f"The {fitted.adapter} was fitted to {count(fitted.samples, 'sample')}; on {on} it gives "
+        f"{100 * fitted.explained:.1f}% of the variance."
+    )
 
 
 def agreement(matches: Sequence[Match]) -> str:

@@ -287,6 +287,10 @@ def _tensors(flow: Flow, cut: Tensors) -> Part:
             f"What lies between {_listed(inputs)} and {_listed(outputs)} also needs {_listed(sides)}; add "
             f"{'them' if len(sides) > 1 else 'it'} to the boundary (--from).",
         )
+    read = {v for node in nodes for v in flow.reads[node]}
+    idle = next((v for v in inputs if v not in read), None)
+    if idle is not None:
+        raise UsageError(f'Nothing within the cut {cut} reads "{idle.name}"; leave it out.')
     return Part(flow.model, tuple(inputs), tuple(outputs), flow.ordered(nodes))
 
 

@@ -84,6 +84,11 @@ class Probe:
         return [{name: known[name] for name in wanted} for known in self._known]
 
 
+def outputs_of(probe: Probe) -> list[Values]:
+    """Return the outputs of the model that a probe runs."""
+    return probe.values(v.name or "" for v in probe.model.graph.outputs)
+
+
 def find_feeds(
     model: ir.Model,
     data: Data | None,

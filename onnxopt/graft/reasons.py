@@ -14,10 +14,16 @@ Reason = Literal[
     "no backbone",
     "unknown type",
     "random",
+    "boundary",
+    "shape",
+    "adapter",
+    "data",
+    "opset",
+    "cycle",
     "does not run",
     "not reproduced",
 ]
-"""What keeps a cut from being made:
+"""What keeps a cut or a graft from being made:
 
 - open cut: the part needs values besides those that are named;
 - empty cut: nothing lies between the boundaries;
@@ -26,6 +32,12 @@ Reason = Literal[
 - no backbone: no pooling and no linear layer was found in front of the outputs;
 - unknown type: the element type of a boundary value is told by nothing;
 - random: the part draws random numbers, so that nothing can be proven about it;
+- boundary: the boundaries of host and donor do not belong together, or not in one way only;
+- shape: no adapter makes a value fit where it is to go;
+- adapter: one is needed, and adapters are not allowed;
+- data: an adapter has to be fitted, and there is no data to fit it to;
+- opset: operator sets cannot be reconciled;
+- cycle: the host computes what goes into the cut from what comes out of it;
 - does not run: ONNX Runtime cannot run the model, or the result;
 - not reproduced: the result computes something else than it should.
 """

@@ -19,7 +19,7 @@ class Types:
     def __init__(self, model: ir.Model) -> None:
         """Take the model; nothing is worked out yet."""
         self._model = model
-        self._shapes = Shapes(model)
+        self.shapes = Shapes(model)
         self._inferred: dict[str, tuple[ir.TypeProtocol | None, ir.Shape | None]] | None = None
 
     def type(self, value: ir.Value) -> ir.TypeProtocol:
@@ -30,7 +30,7 @@ class Types:
         """
         if value.type is not None and value.dtype not in (None, ir.DataType.UNDEFINED):
             return value.type
-        dtype = self._shapes.dtype(value)
+        dtype = self.shapes.dtype(value)
         if dtype not in (None, ir.DataType.UNDEFINED):
             return ir.TensorType(dtype)
         found = self._infer().get(value.name or "", (None, None))[0]
@@ -44,7 +44,7 @@ class Types:
         """Return the shape of a value, with the names that the model gives to dynamic axes; None when unknown."""
         if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
             return value.shape
-        known = self._shapes.ir_shape(value)
+        known = self.shapes.ir_shape(value)
         stated = value.shape
         if known is None:
             return stated.copy() if stated is not None else self._infer().get(value.name or "", (None, None))[1]
@@ -99,7 +99,7 @@ def standalone(part: Part, types: Types | None = None) -> ir.Model:
             if node not in kept:
                 remove_node(node)
         _settle_inputs(graph, inputs)
-        _drop_unused(copy)
+        drop_unused(copy)
     return copy
 
 
@@ -123,7 +123,7 @@ def _settle_inputs(graph: ir.Graph, inputs: list[ir.Value]) -> None:
     drop_unused_initializers(graph, list(graph.initializers.values()))
 
 
-def _drop_unused(model: ir.Model) -> None:
+def drop_unused(model: ir.Model) -> None:
     """Remove the functions that nothing calls, and the operator sets that nothing is written in."""
     used: set[ir.OperatorIdentifier] = set()
     waiting = [model.graph]

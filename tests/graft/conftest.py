@@ -74,6 +74,16 @@ def capturing() -> ir.Model:
 
 
 @pytest.fixture
+def capturing_text() -> str:
+    return CAPTURES
+
+
+@pytest.fixture
+def weighted() -> Callable[..., onnx.ModelProto]:
+    return with_weights
+
+
+@pytest.fixture
 def network() -> Callable[[int], ir.Model]:
     return lambda seed=0: onnxopt.load(residual(seed))
 

@@ -173,9 +173,9 @@ def test_a_model_that_does_not_run_is_refused():
     assert refused.value.reason in ("unknown type", "does not run")
 
 
-@pytest.mark.parametrize("cut", ["nothing->y", "x->nothing", "x,x->d", "nodes:nothing*"])
+@pytest.mark.parametrize("cut", ["nothing->y", "x->nothing", "x,x->d", "nodes:nothing*", "d,c->y"])
 def test_names_that_mean_nothing_are_usage_errors(capturing, cut):
-    with pytest.raises(UsageError, match="no tensor|named twice|No node"):
+    with pytest.raises(UsageError, match="no tensor|named twice|No node|leave it out"):
         onnxopt.extract(capturing, cut)
 
 

@@ -1,0 +1,219 @@
+"""Which boundary value of one part belongs to which of the other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.analysis.dims import Dim
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.graft.interface import Adapter, Slot, adapters
+from onnxopt.graft.reasons import RefusedError
+
+Element = int | tuple[int, int]
+"""An element of a list of sizes: a number, or (which input, which of its axes)."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """A boundary value that is a list of sizes of other boundary values, or a single one.
+
+    Attributes:
+        elements: Its elements.
+        scalar: Whether it is a single number and no list.
+    """
+
+    elements: tuple[Element, ...]
+    scalar: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Link:
+    """What a boundary value of the donor is given.
+
+    Attributes:
+        donor: Position of the value among the donor's.
+        host: Position among the host's; None where it is computed from the sizes of others.
+        adapters: What lies in between.
+        sizes: What it is computed from, where it has no counterpart.
+    """
+
+    donor: int
+    host: int | None
+    adapters: tuple[Adapter, ...] = ()
+    sizes: Sizes | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """The boundary values of one part, on the way in or out.
+
+    Attributes:
+        values: The values.
+        slots: What each is.
+        named: Whether the user named them, so that their order means something.
+    """
+
+    values: tuple[ir.Value, ...]
+    slots: tuple[Slot, ...]
+    named: bool
+
+
+SeenValues = Callable[[], tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None]
+"""Returns the values of the host and of the donor on the same inputs, where both take them."""
+
+
+def pair_in_order(host: Side, donor: Side, what: str) -> list[Link]:
+    """Pair values that were named, in order.
+
+    Raises:
+        RefusedError: If there are not as many.
+    """
+    if len(host.slots) != len(donor.slots):
+        raise RefusedError(
+            "boundary",
+            f"The host's cut has {len(host.slots)} {what}s and the donor's {len(donor.slots)}; name as many on both "
+            f"sides, in the same order. {_listing(host, donor)}",
+        )
+    return [Link(i, i) for i in range(len(donor.slots))]
+
+
+def pair_inputs(
+    host: Side, donor: Side, host_shapes: Shapes, donor_shapes: Shapes, *, same_model: bool, seen: SeenValues
+) -> list[Link]:
+    """Find for each input of the donor's part what it gets in the host.
+
+    The first values belong together. The others do where they are the same value of one model, lists of the same
+    sizes, the only ones of their type, or equal on the same inputs. A list of sizes without a counterpart is
+    computed.
+
+    Raises:
+        RefusedError: If one has no counterpart, or more than one.
+    """
+    links = [Link(0, 0)]
+    free = set(range(1, len(host.slots)))
+    later: list[int] = []
+    wanted = [sizes_of(v, donor.values, donor_shapes) for v in donor.values]
+    held = [sizes_of(v, host.values, host_shapes) for v in host.values]
+    for i in range(1, len(donor.slots)):
+        same = next((j for j in free if same_model and host.slots[j].name == donor.slots[i].name), None)
+        if same is None and wanted[i] is not None:
+            same = next((j for j in free if held[j] == wanted[i] and host.slots[j].type == donor.slots[i].type), None)
+            if same is None and _only_main(wanted[i]):
+                links.append(Link(i, None, sizes=wanted[i]))
+                continue
+        if same is None:
+            later.append(i)
+        else:
+            links.append(Link(i, same))
+            free.discard(same)
+    links += _by_type(host, donor, later, free, seen)
+    return sorted(links, key=lambda link: link.donor)
+
+
+def _by_type(host: Side, donor: Side, later: list[int], free: set[int], seen: SeenValues) -> list[Link]:
+    links: list[Link] = []
+    fitting = {i: [j for j in free if adapters(host.slots[j], donor.slots[i]) == ()] for i in later}
+    for i in later:
+        if not fitting[i]:
+            fitting[i] = [j for j in free if adapters(host.slots[j], donor.slots[i]) is not None]
+        rivals = [k for k in later if k != i and set(fitting[k]) & set(fitting[i])]
+        chosen = fitting[i][0] if len(fitting[i]) == 1 and not rivals else None
+        if chosen is None and fitting[i]:
+            chosen = _equal(host, donor.slots[i].name, fitting[i], seen)
+        if chosen is None:
+            why = "several values of the host could be" if fitting[i] else "no value of the host's cut can be"
+            raise RefusedError(
+                "boundary",
+                f'The donor\'s part needs "{donor.slots[i].name}" ({donor.slots[i]}), and {why} it; name the tensors '
+                f'of both cuts, as "a,b->c". {_listing(host, donor)}',
+            )
+        links.append(Link(i, chosen))
+        free.discard(chosen)
+    return links
+
+
+def _equal(host: Side, name: str, candidates: list[int], seen: SeenValues) -> int | None:
+    """Return the only candidate that has the donor's value on the same inputs."""
+    values = seen()
+    if values is None:
+        return None
+    on_host, on_donor = values
+    found = [
+        j
+        for j in candidates
+        if all(_close(h[host.slots[j].name], d[name]) for h, d in zip(on_host, on_donor, strict=True))
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _close(one: Any, other: Any) -> bool:
+    if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
+        return False
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind != "f":
+        return bool(np.array_equal(one, other))
+    return bool(np.allclose(one, other, rtol=1e-4, atol=1e-5, equal_nan=True))
+
+
+def pair_outputs(host: Side, donor: Side) -> tuple[list[Link], list[int]]:
+    """Find for each output of the host's part what the donor computes in its place.
+
+    Returns:
+        The pairs, and the positions of the host's values that nobody replaces: its own nodes go on computing them.
+
+    Raises:
+        RefusedError: If an output of the model would be left out.
+    """
+    links = [Link(i, i) for i in range(min(len(host.slots), len(donor.slots)))]
+    kept = list(range(len(links), len(host.slots)))
+    for i in kept:
+        if host.values[i].is_graph_output():
+            raise RefusedError(
+                "boundary",
+                f'The host\'s part computes the output "{host.slots[i].name}", for which the donor has nothing; name '
+                f"the tensors of both cuts. {_listing(host, donor)}",
+            )
+    return links, kept
+
+
+def sizes_of(value: ir.Value, inputs: Sequence[ir.Value], shapes: Shapes) -> Sizes | None:
+    """Return a list of sizes in terms of the axes of inputs; None when it is something else."""
+    if value.type is not None and value.dtype not in (ir.DataType.INT64, None):
+        return None
+    content = shapes.content(value)
+    if content is None:
+        return None
+    scalar = not isinstance(content, tuple)
+    items: tuple[Dim | None, ...] = content if isinstance(content, tuple) else (content,)
+    axes: dict[Dim, tuple[int, int]] = {}
+    for i, other in enumerate(inputs):
+        if other is not value:
+            for axis, dim in enumerate(shapes.of(other) or ()):
+                if not isinstance(dim, int):
+                    axes.setdefault(dim, (i, axis))
+    elements: list[Element] = []
+    for item in items:
+        if isinstance(item, int):
+            elements.append(item)
+        elif item is not None and item in axes:
+            elements.append(axes[item])
+        else:
+            return None
+    return Sizes(tuple(elements), scalar)
+
+
+def _only_main(sizes: Sizes | None) -> bool:
+    """Whether sizes can be told from the first input."""
+    return sizes is not None and all(isinstance(e, int) or e[0] == 0 for e in sizes.elements)
+
+
+def _listing(host: Side, donor: Side) -> str:
+    one = ", ".join(f"{s.name} {s}" for s in host.slots)
+    other = ", ".join(f"{s.name} {s}" for s in donor.slots)
+    return f"Host: {one}. Donor: {other}."
