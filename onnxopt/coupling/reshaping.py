@@ -1,0 +1,129 @@
+"""Rules for Reshape and its kin: which factor of an axis the removable indexes belong to."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.analysis.dims import Dim
+from onnxopt.coupling.builder import Builder, Opaque, Way, label
+from onnxopt.coupling.partition import Ints, as_ints
+from onnxopt.coupling.rewrites import SetSizes
+from onnxopt.coupling.sizes import element
+
+
+class Block(NamedTuple):
+    """Axes of a shape before and after that hold the same elements in the same order; axes of size 1 left out."""
+
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+
+def align(before: Sequence[Dim], after: Sequence[Dim]) -> tuple[list[Block], Block]:
+    """Divide two shapes into the smallest blocks of equal size.
+
+    Axes are taken from the left while they are equal, symbols included, and from the right as long as their sizes are
+    numbers.
+
+    Returns:
+        The blocks, and the axes in the middle about which nothing can be said.
+    """
+    left, right = ([i for i, dim in enumerate(dims) if dim != 1] for dims in (before, after))
+    blocks = []
+    while left and right and before[left[0]] == after[right[0]]:
+        blocks.append(Block((left.pop(0),), (right.pop(0),)))
+    while left and right:
+        block = _last_block(before, after, left, right)
+        if block is None:
+            break
+        blocks.append(block)
+        del left[-len(block.before) :], right[-len(block.after) :]
+    return blocks, Block(tuple(left), tuple(right))
+
+
+def _last_block(before: Sequence[Dim], after: Sequence[Dim], left: list[int], right: list[int]) -> Block | None:
+    if before[left[-1]] == after[right[-1]]:
+        return Block((left[-1],), (right[-1],))
+    sizes, counts = [1, 1], [0, 0]
+    while 0 in counts or sizes[0] != sizes[1]:
+        side = 0 if sizes[0] <= sizes[1] else 1
+        axes, dims = ((left, before), (right, after))[side]
+        dim = dims[axes[-1 - counts[side]]] if counts[side] < len(axes) else None
+        if not isinstance(dim, int) or dim == 0:
+            return None
+        sizes[side] *= dim
+        counts[side] += 1
+    return Block(tuple(left[-counts[0] :]), tuple(right[-counts[1] :]))
+
+
+def reshape(builder: Builder, node: ir.Node) -> None:
+    """Follow indexes through Reshape, Flatten, Squeeze and Unsqueeze."""
+    data, output = node.inputs[0], node.outputs[0]
+    assert data is not None
+    before, after = builder.shape(data), builder.shape(output)
+    blocks, middle = align(before, after)
+    for block in blocks:
+        if len(block.before) == len(block.after) == 1:
+            builder.tie(data, block.before[0], output, block.after[0])
+        else:
+            builder.choose(node, _ways(builder, data, output, block))
+    for value, axes in ((data, middle.before), (output, middle.after)):
+        for axis in axes:
+            builder.freeze(value, axis, f"{label(node)} merges it with axes of unknown size")
+    if node.op_type == "Reshape":
+        follow_sizes(builder, node, 1)
+
+
+def follow_sizes(builder: Builder, node: ir.Node, index: int) -> None:
+    """Make the sizes that a node is given for its output follow its axes; freeze those that cannot."""
+    output = node.outputs[0]
+    written = []
+    for axis, dim in enumerate(builder.shape(output)):
+        if not isinstance(dim, int) or dim == 1:
+            continue
+        found = element(node.inputs[index], axis, builder.known)
+        if found is None:
+            builder.freeze(output, axis, f"its size is computed in front of {label(node)}")
+        elif isinstance(found, int):
+            written.append(axis)
+        else:
+            builder.tie(*found, output, axis)
+    builder.rewrites.append(SetSizes(node, (output,), index, tuple(written)))
+
+
+def _ways(builder: Builder, data: ir.Value, output: ir.Value, block: Block) -> list[Way]:
+    """Return one way per common factor of the axes before and after, outermost first: heads before their parts."""
+    pairs = ((data, block.before), (output, block.after))
+    sides = [(builder.sizes(value, *axes), axes, value) for value, axes in pairs]
+    strides = [_strides(sizes) for sizes, _, _ in sides]
+    cuts = sorted({*strides[0], *strides[1], int(np.prod(sides[0][0]))})
+    if any(b % a for a, b in itertools.pairwise(cuts)):
+        raise Opaque(f"{builder.shape(data)} to {builder.shape(output)} has no common factors")
+    ways = []
+    for stride, above in reversed(list(itertools.pairwise(cuts))):
+        factor = above // stride
+        places: Ints = np.full(factor, -1, np.int64)
+        left, right, frozen, followed = [], [], [], []
+        for (sizes, axes, value), own in zip(sides, strides, strict=True):
+            for size, axis, unit in zip(sizes, axes, own, strict=True):
+                ids = builder.known_ids(value, axis)
+                if unit > stride or unit * size < above:
+                    frozen.append(ids)
+                    continue
+                part = np.arange(size) // (stride // unit) % factor
+                if places[0] < 0:
+                    places = ids[np.arange(factor) * (stride // unit)]
+                left.append(ids)
+                right.append(places[part])
+                followed.append(ids)
+        joined = [np.concatenate(x) if x else as_ints([]) for x in (left, right, frozen, followed)]
+        ways.append(Way(*joined))
+    return ways
+
+
+def _strides(sizes: Sequence[int]) -> list[int]:
+    return [int(np.prod(sizes[i + 1 :], dtype=np.int64)) for i in range(len(sizes))]
