@@ -117,17 +117,51 @@ class Observe(Protocol):
         """
 
 
+class JointObserver(Protocol):
+    """Sums up values of two models that run on the same sample."""
+
+    @property
+    def reference(self) -> tuple[str, ...]:
+        """Names of the values of the first model that it looks at."""
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the values of the second model that it looks at."""
+
+    def add(self, reference: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> None:
+        """Take in the values of one run of each model. The arrays must be neither changed nor kept."""
+
+
+class ObserveBoth(Protocol):
+    """Runs two models in step on the calibration data and shows the values of both to observers."""
+
+    def __call__(self, reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver]) -> None:
+        """Run every calibration sample once through each model.
+
+        Args:
+            reference: For example the model as it was before a change; it is not changed.
+            changed: For example the model as it is now; it is not changed.
+            observers: Who looks at which values of the main graphs (inputs or nodes' outputs).
+
+        Raises:
+            ValueError: If a main graph computes no value of a name.
+            RuntimeFailure: If a model does not run.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Calibration:
     """What passes that depend on data may learn it from.
 
     Attributes:
         observe: Runs the model on the data.
+        observe_both: Runs two models on the data, in step.
         samples: How many samples there are.
         real: Whether they are the user's own; otherwise they were generated, and the user insisted.
     """
 
     observe: Observe
+    observe_both: ObserveBoth
     samples: int
     real: bool
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.contract import Calibration, Observer, Progress, Silent
+from onnxopt.contract import Calibration, JointObserver, Observer, Progress, Silent
 from onnxopt.feeds import Data, Feed
+from onnxopt.graph import bodies
 from onnxopt.runtime import RunOptions, Session, open_session
 
 FETCH_BYTES = 256 << 20
@@ -41,7 +42,10 @@ def calibration(
     def run(model: ir.Model, observers: Mapping[str, Sequence[Observer]]) -> None:
         observe(model, observers, data, options, progress)
 
-    return Calibration(run, len(data), real)
+    def run_both(reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver]) -> None:
+        observe_both(reference, changed, observers, data, options, progress)
+
+    return Calibration(run, run_both, len(data), real)
 
 
 def observe(
@@ -77,6 +81,74 @@ def observe(
             for names in _portions(inner, sizes):
                 _fetch(session, feed, names, observers, sizes)
             progress.advance()
+
+
+def observe_both(
+    reference: ir.Model,
+    changed: ir.Model,
+    observers: Sequence[JointObserver],
+    data: Data | Sequence[Feed],
+    options: RunOptions,
+    progress: Progress,
+) -> None:
+    """Run two models in step and show values of both main graphs to observers.
+
+    Of each model only what leads to these values is computed. All of them are in memory together, for one sample.
+
+    Args:
+        reference: It is not changed.
+        changed: Likewise.
+        observers: Who looks at which values.
+        data: The samples, run one at a time.
+        options: How to run the models; the runtime's optimizations are on.
+        progress: Told which sample is being run.
+
+    Raises:
+        ValueError: If a main graph has no such value.
+        RuntimeFailure: If a model does not run.
+    """
+    if not observers:
+        return
+    first = _Watched(reference, [name for o in observers for name in o.reference], options)
+    second = _Watched(changed, [name for o in observers for name in o.changed], options)
+    progress.stage(f"observing {len(first.names) + len(second.names)} values of two models", total=len(data))
+    with first as before, second as after:
+        for feed in data:
+            left, right = before.values(feed), after.values(feed)
+            for observer in observers:
+                observer.add([left[name] for name in observer.reference], [right[name] for name in observer.changed])
+            progress.advance()
+
+
+class _Watched:
+    """A model of which some values are computed, and nothing else; its session is open within a `with`.
+
+    Attributes:
+        names: The values, each once.
+    """
+
+    def __init__(self, model: ir.Model, names: Sequence[str], options: RunOptions) -> None:
+        self.names = list(dict.fromkeys(names))
+        inputs = {v.name for v in model.graph.inputs}
+        self._inner = [name for name in self.names if name not in inputs]
+        self._model, self._options = model, options
+        self._session: Session | None = None
+
+    def __enter__(self) -> _Watched:
+        if self._inner:
+            self._session = open_session(_only(self._model, self._inner), self._options, optimized=True)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._session is not None:
+            self._session.close()
+
+    def values(self, feed: Feed) -> dict[str, np.ndarray]:
+        """Return the values of a sample, by name."""
+        given = {name: feed[name] for name in self.names if name in feed}
+        if self._session is None:
+            return given
+        return given | self._session.run(feed, self._inner)
 
 
 def _fetch(
@@ -123,3 +195,34 @@ def _revealing(model: ir.Model, names: Sequence[str]) -> ir.Model:
         if name not in present:
             copy.graph.outputs.append(values[name])
     return copy
+
+
+def _only(model: ir.Model, names: Sequence[str]) -> ir.Model:
+    """Return a copy that computes the named values of the main graph and nothing else.
+
+    Raises:
+        ValueError: If there is no such value.
+    """
+    copy = _revealing(model, names)
+    outputs = {v.name: v for v in copy.graph.outputs}
+    copy.graph.outputs.clear()
+    copy.graph.outputs.extend(outputs[name] for name in dict.fromkeys(names))
+    needed: set[ir.Value] = set(copy.graph.outputs)
+    for node in reversed(copy.graph):
+        if needed.isdisjoint(node.outputs):
+            copy.graph.remove(node)
+        else:
+            needed.update(_read(node))
+    for value in list(copy.graph.initializers.values()):
+        if value not in needed and not value.is_graph_input():
+            del copy.graph.initializers[value.name or ""]
+    return copy
+
+
+def _read(node: ir.Node) -> Iterator[ir.Value]:
+    """Yield the values that a node reads, with those that its bodies take from outside."""
+    yield from (v for v in node.inputs if v is not None)
+    for _, body in bodies(node):
+        for inner in body:
+            yield from _read(inner)
+        yield from body.outputs

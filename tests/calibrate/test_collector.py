@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 
@@ -65,3 +68,62 @@ def test_what_does_not_fit_is_fetched_in_further_runs(monkeypatch: pytest.Monkey
 def test_unknown_values_are_named() -> None:
     with pytest.raises(ValueError, match='computes no value "nowhere"'):
         calibration(feeds(1), real=True).observe(ir.from_onnx_text(MODEL), {"nowhere": [Kept()]})
+
+
+class Pairs:
+    """Keeps copies of what it sees of two models."""
+
+    def __init__(self, reference: tuple[str, ...], changed: tuple[str, ...]) -> None:
+        self.reference, self.changed = reference, changed
+        self.seen: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
+
+    def add(self, reference: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> None:
+        self.seen.append(([a.copy() for a in reference], [a.copy() for a in changed]))
+
+
+def test_two_models_run_in_step() -> None:
+    pairs, inputs = Pairs(("a", "x"), ("b", "y")), Pairs(("x",), ("x",))
+    changed = ir.from_onnx_text(MODEL.replace("Neg", "Identity"))
+    calibration(feeds(3), real=True).observe_both(ir.from_onnx_text(MODEL), changed, [pairs, inputs])
+    assert len(pairs.seen) == len(inputs.seen) == 3
+    for i, ((a, x), (b, y)) in enumerate(pairs.seen):
+        np.testing.assert_array_equal(x, np.full((1, 2), i))
+        np.testing.assert_array_equal(a, -x)
+        np.testing.assert_allclose(b, np.exp(x), rtol=1e-5)
+        np.testing.assert_allclose(y, np.exp(x), rtol=1e-5)
+
+
+def test_only_what_is_looked_at_is_computed() -> None:
+    branches = """
+<ir_version: 8, opset_import: ["": 17]>
+g (float[N, 2] x, bool c) => (float[N, 2] y) {
+  a = Neg(x)
+  b = Mul(a, two)
+  d = If (c) <
+    then_branch = t () => (float[N, 2] r) { r = Mul(a, w) },
+    else_branch = e () => (float[N, 2] r) { r = Identity(a) }
+  >
+  y = Relu(d)
+}
+"""
+    proto = onnx.parser.parse_model(branches)
+    for name in ("two", "w"):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.full(2, 2, np.float32), name))
+    model = ir.from_proto(proto)
+
+    def left(*names: str) -> tuple[list[str], set[str]]:
+        made = collector._only(model, names)
+        return [n.op_type for n in made.graph], set(made.graph.initializers)
+
+    assert left("b") == (["Neg", "Mul"], {"two"})
+    assert left("d") == (["Neg", "If"], {"w"})
+    pairs, samples = Pairs(("d",), ("b",)), [{"x": np.ones((1, 2), np.float32), "c": np.array(True)}]
+    calibration(samples, real=True).observe_both(model, model, [pairs])
+    np.testing.assert_array_equal(pairs.seen[0][0][0], -2 * np.ones((1, 2)))
+
+
+def test_unknown_values_of_either_model_are_named() -> None:
+    model, found = ir.from_onnx_text(MODEL), calibration(feeds(1), real=True)
+    for pair in (Pairs(("nowhere",), ("x",)), Pairs(("x",), ("nowhere",))):
+        with pytest.raises(ValueError, match='computes no value "nowhere"'):
+            found.observe_both(model, model, [pair])

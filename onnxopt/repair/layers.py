@@ -1,0 +1,265 @@
+"""Layers whose weight and bias can be fitted: Conv, Gemm and MatMul as one kind of problem.
+
+Each computes, at every position of its output, W x + b, where x are the elements of the input that the position
+sees. The layers differ in where x is, how the weight is stored, and what holds the bias.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxopt.analysis import linear
+from onnxopt.analysis.products import NoProduct, Product, product
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.graph import (
+    Names,
+    Scope,
+    add_constant,
+    attribute,
+    drop_unused_constants,
+    is_op,
+    use_count,
+)
+from onnxopt.numeric.least_squares import Change
+
+Array = np.ndarray[Any, Any]
+
+MOST_INPUTS = 8192
+"""Layers that see more inputs at once are not fitted: their Gram matrix alone would take more than 512 MB."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer that can be fitted.
+
+    Attributes:
+        node: The node.
+        scope: Its graph.
+        x: Its input.
+        axis: The axis of the output that counts its channels.
+        groups: How many problems there are: the groups of a convolution, 1 otherwise.
+        inputs: Elements of the input that one output of a group sees.
+        outputs: Output channels of a group.
+        takes_bias: Whether it has a bias or can be given one without another operator.
+        rows: (input, output, positions) -> the inputs at some positions of the output, (rows, groups, inputs).
+        replace: Adds a change to weight and bias.
+    """
+
+    node: ir.Node
+    scope: Scope
+    x: ir.Value
+    axis: int
+    groups: int
+    inputs: int
+    outputs: int
+    takes_bias: bool
+    rows: Callable[[Array, tuple[int, ...], Array], Array]
+    replace: Callable[[Change, Names], None]
+
+    @property
+    def output(self) -> ir.Value:
+        """What the node computes."""
+        return self.node.outputs[0]
+
+    @property
+    def channels(self) -> int:
+        """Output channels of all groups together."""
+        return self.groups * self.outputs
+
+    def at(self, values: Array, positions: Array) -> Array:
+        """Return what a value shaped like the output holds at positions, (rows, groups, outputs)."""
+        flat = np.moveaxis(values, self.axis, -1).reshape(-1, values.shape[self.axis])
+        return flat[positions].reshape(len(positions), self.groups, self.outputs)
+
+
+def read(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
+    """Read a node of the main graph.
+
+    Returns:
+        The layer; why it cannot be fitted; or None where the node has no constant weight to fit.
+    """
+    if is_op(node, "ConvTranspose"):
+        return "transposed convolutions are not fitted"
+    if is_op(node, "Conv"):
+        return _convolution(node, scope, shapes)
+    if not is_op(node, "MatMul", "Gemm"):
+        return None
+    found = product(node, scope, shapes)
+    if isinstance(found, NoProduct):
+        return found.reason
+    return None if found is None else _matrix(found, shapes)
+
+
+# Matrices ----------------------------------------------------------------------------------------------------
+
+
+def _matrix(found: Product, shapes: Shapes) -> Layer | str:
+    rank = shapes.rank(found.x)
+    if rank is None:
+        return "the number of axes of the input is not known"
+    reason = _unfit(found.tensor, found.rows, _owned(found))
+    if reason:
+        return reason
+    if found.alpha == 0:
+        return "it multiplies its product by 0"
+
+    def rows(x: Array, _: tuple[int, ...], positions: Array) -> Array:
+        return x.reshape(-1, 1, x.shape[-1])[positions]
+
+    def replace(change: Change, names: Names) -> None:
+        _replace_matrix(found, change, names)
+
+    bias = found.bias
+    takes_bias = is_op(found.node, "Gemm") if bias is None else bias.factor != 0
+    return Layer(found.node, found.scope, found.x, rank - 1, 1, found.rows, found.columns, takes_bias, rows, replace)
+
+
+def _unfit(tensor: ir.TensorProtocol, inputs: int, owned: bool) -> str:
+    if tensor.dtype != ir.DataType.FLOAT:
+        return "its weight is not float32"
+    if not owned:
+        return "something else uses its weight too"
+    if inputs > MOST_INPUTS:
+        return f"each of its outputs sees more than {MOST_INPUTS:,} inputs"
+    return ""
+
+
+def _owned(found: Product) -> bool:
+    values = (found.weight, *(n.outputs[0] for n in found.views))
+    return all(use_count(v) == 1 and not v.is_graph_output() for v in values)
+
+
+def _replace_matrix(found: Product, change: Change, names: Names) -> None:
+    weight = change.weight[0] / found.alpha
+    stored = found.tensor.numpy()
+    made = (stored + (weight if found.transposed else weight.T)).astype(stored.dtype)
+    user = found.views[-1] if found.views else found.node
+    _replace(user, found.weight, made, found.scope, names)
+    bias = found.bias
+    if bias is not None and bias.factor != 0:
+        array = (bias.array(found.columns).astype(np.float64) + change.bias[0]) / bias.factor
+        holder = bias.adder if bias.adder is not None else found.node
+        _replace(holder, bias.value, array.astype(stored.dtype), found.scope, names)
+    elif bias is None and is_op(found.node, "Gemm"):
+        found.node.attributes.pop("beta", None)  # it meant nothing so far
+        _give_bias(found.node, change.bias[0].astype(stored.dtype), found.scope, names)
+
+
+# Convolutions ------------------------------------------------------------------------------------------------
+
+
+def _convolution(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
+    found = linear.read(node, shapes)
+    if not isinstance(found, linear.Linear):
+        return found
+    channels, depth, *kernel = found.weight.shape.numpy()
+    groups, inputs = attribute(node, "group", 1), depth * math.prod(kernel)
+    reason = _unfit(found.weight, inputs, found.owns_weight)
+    if reason:
+        return reason
+    x = node.inputs[0]
+    assert x is not None, "linear.read looked"
+    windows = Windows.of(node, tuple(kernel), groups)
+
+    def replace(change: Change, names: Names) -> None:
+        _replace_convolution(found, change, scope, names)
+
+    return Layer(node, scope, x, 1, groups, inputs, channels // groups, True, windows.rows, replace)
+
+
+def _replace_convolution(found: linear.Linear, change: Change, scope: Scope, names: Names) -> None:
+    node, stored = found.node, found.weight.numpy()
+    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
+    assert weight is not None, "linear.read looked"
+    _replace(node, weight, (stored + change.weight.reshape(stored.shape)).astype(stored.dtype), scope, names)
+    if bias is None or found.bias is None:
+        _give_bias(node, change.bias.reshape(-1).astype(stored.dtype), scope, names)
+    else:
+        array = found.bias.numpy().astype(np.float64) + change.bias.reshape(-1)
+        _replace(node, bias, array.astype(stored.dtype), scope, names)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Windows:
+    """The parts of an input that a convolution looks at.
+
+    Attributes:
+        kernel: Size along each spatial axis.
+        strides: Likewise.
+        dilations: Likewise.
+        groups: Groups of channels.
+        padding: "NOTSET", "VALID", "SAME_UPPER" or "SAME_LOWER".
+        pads: Zeros in front along each axis, then behind, for "NOTSET".
+    """
+
+    kernel: tuple[int, ...]
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    groups: int
+    padding: str
+    pads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: ir.Node, kernel: tuple[int, ...], groups: int) -> Windows:
+        """Read the attributes of a Conv."""
+        ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
+        return cls(
+            kernel,
+            tuple(attribute(node, "strides", ones)),
+            tuple(attribute(node, "dilations", ones)),
+            groups,
+            attribute(node, "auto_pad", "NOTSET"),
+            tuple(attribute(node, "pads", zeros + zeros)),
+        )
+
+    def rows(self, x: Array, shape: tuple[int, ...], positions: Array) -> Array:
+        """Return what is seen from some positions of the output, (rows, groups, channels of a group * kernel).
+
+        Args:
+            x: The input, (batch, channels, ...).
+            shape: Shape of the output, (batch, channels, ...).
+            positions: Indices into the flattened batch and spatial axes of the output.
+        """
+        sizes = shape[2:]
+        batch, *places = np.unravel_index(positions, (shape[0], *sizes))
+        extent = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
+        padded = np.pad(x, [(0, 0), (0, 0), *self._margins(x.shape[2:], sizes, extent)])
+        seen = np.empty((len(positions), x.shape[1], *self.kernel), x.dtype)
+        starts = [place * s for place, s in zip(places, self.strides, strict=True)]
+        for offset in np.ndindex(*self.kernel):
+            at = [start + o * d for start, o, d in zip(starts, offset, self.dilations, strict=True)]
+            seen[(slice(None), slice(None), *offset)] = padded[(batch, slice(None), *at)]
+        return seen.reshape(len(positions), self.groups, -1)
+
+    def _margins(self, source: Sequence[int], sizes: Sequence[int], extent: Sequence[int]) -> list[tuple[int, int]]:
+        if self.padding == "NOTSET":
+            return list(zip(self.pads[: len(extent)], self.pads[len(extent) :], strict=True))
+        margins = []
+        for size, made, stride, covered in zip(source, sizes, self.strides, extent, strict=True):
+            missing = max(0, (made - 1) * stride + covered - size) if self.padding.startswith("SAME") else 0
+            front = missing // 2 if self.padding == "SAME_UPPER" else missing - missing // 2
+            margins.append((front, missing - front))
+        return margins
+
+
+# Constants ---------------------------------------------------------------------------------------------------
+
+
+def _replace(user: ir.Node, value: ir.Value, array: Array, scope: Scope, names: Names) -> None:
+    """Give a node another constant; the old one goes when nothing else uses it."""
+    index = next(i for i, v in enumerate(user.inputs) if v is value)
+    user.replace_input_with(index, add_constant(scope, names, f"{value.name}/repaired", array, user))
+    drop_unused_constants([value])
+
+
+def _give_bias(node: ir.Node, bias: Array, scope: Scope, names: Names) -> None:
+    """Give a Conv or a Gemm the bias that it lacks."""
+    node.resize_inputs(3)
+    output = node.outputs[0].name or node.op_type
+    node.replace_input_with(2, add_constant(scope, names, f"{output}/bias", bias, node))
