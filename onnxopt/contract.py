@@ -71,12 +71,15 @@ class Edit:
         summary: What, in words.
         apply: Does it.
         widths: The layers that become narrower; the report draws them.
+        reference: Makes a model that the edited one must equal to rounding, whatever the budget allows: the original
+            changed in another way that is simpler to trust. Called after the last edit of a pass, for all of them.
     """
 
     site: Site
     summary: str
     apply: Callable[[], None]
     widths: tuple[Width, ...] = ()
+    reference: Callable[[], ir.Model] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -82,6 +82,11 @@ class ModelJudge:
             return Verdict(False, checked.reason)
         return self._within_drop(model)
 
+    def equal(self, model: ir.Model, reference: ir.Model) -> Verdict:
+        """Return whether a trial computes what another model does, to rounding."""
+        checked = Verifier(reference, self._feeds, self._options).check(model, Guarantee.EXACT)
+        return Verdict(checked.ok, checked.reason)
+
     def rebase(self, model: ir.Model, guarantee: Guarantee) -> None:
         """Compare later exact trials with this checkpoint, and everything when the function was redefined."""
         self._exact = Verifier(model, self._feeds, self._options)

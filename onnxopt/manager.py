@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from onnxopt.analysis.shapes import Shapes
@@ -60,6 +60,9 @@ class Judge(Protocol):
 
     def __call__(self, model: ir.Model, guarantee: Guarantee) -> Verdict:
         """Return the verdict on a model made by passes of this guarantee."""
+
+    def equal(self, model: ir.Model, reference: ir.Model) -> Verdict:
+        """Return whether a trial computes what another model does, to rounding."""
 
     def rebase(self, model: ir.Model, guarantee: Guarantee) -> None:
         """Take the result of a pass that is not exact as what later exact passes are compared with.
@@ -124,9 +127,14 @@ class _Crash:
 
 @dataclasses.dataclass(slots=True)
 class _Trial:
-    """One way through a run of passes on one clone."""
+    """One way through a run of passes on one clone.
+
+    Attributes:
+        reference: Makes what the last edit says that the result must equal.
+    """
 
     model: ir.Model
+    reference: Callable[[], ir.Model] | None = None
     applied: list[_Applied] = dataclasses.field(default_factory=list)
     refusals: dict[int, Counter[str]] = dataclasses.field(default_factory=dict)
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -206,11 +214,20 @@ def _settle(
         if judge is None or not trial.applied:
             return trial
         progress.stage(f"verifying {len(trial.applied)} edits")
-        verdict = judge(trial.model, guarantee)
+        verdict = _verdict(judge, trial, guarantee)
         if verdict.ok:
             return trial
         guilty = _bisect(checkpoint, segment, ctx, judge, denials, len(trial.applied), verdict, progress)
         _deny_guilty(segment, guilty, trial, denials)
+
+
+def _verdict(judge: Judge, trial: _Trial, guarantee: Guarantee) -> Verdict:
+    """Judge a trial: first by the reference that its edits name, then as its guarantee asks for."""
+    if trial.reference is not None:
+        equal = judge.equal(trial.model, trial.reference())
+        if not equal.ok:
+            return Verdict(False, f"it does not compute what it should: {equal.reason}")
+    return judge(trial.model, guarantee)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -237,7 +254,7 @@ def _bisect(
     while failing - passing > 1:
         middle = (passing + failing) // 2
         trial = _trial(checkpoint, segment, ctx, denials, limit=middle)
-        middle_verdict = judge(trial.model, segment[0][1].guarantee)
+        middle_verdict = _verdict(judge, trial, segment[0][1].guarantee)
         if middle_verdict.ok:
             passing = middle
         else:
@@ -334,6 +351,7 @@ def _run_pass(
                 edit = item
                 item.apply()
                 edit = None
+                trial.reference = item.reference or trial.reference
                 trial.applied.append(_Applied(position, item.site, item.summary, item.widths))
         return True
     except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal

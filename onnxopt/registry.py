@@ -253,6 +253,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Compute convolutional nets with 8-bit integers, with ranges learnt from data.",
         ),
         _entry(
+            "prune-channels",
+            "prune.channels:PruneChannels",
+            "Remove whole channels, heads, neurons and hidden units, with everything that depends on them.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",

@@ -114,6 +114,9 @@ class CountingJudge:
         wrong = ops(model).count("Wrong")
         return Verdict(True) if wrong <= self.allowed else Verdict(False, f"{wrong} wrong nodes")
 
+    def equal(self, model: ir.Model, reference: ir.Model) -> Verdict:
+        return Verdict(ops(model) == ops(reference), "other operators")
+
     def rebase(self, model: ir.Model, guarantee: Guarantee) -> None:
         self.rebased.append(guarantee)
 
@@ -210,6 +213,34 @@ def test_lossy_passes_are_judged_alone_and_rebase_the_exact_reference() -> None:
     assert ops(outcome.model).count("Wrong") == 2
     assert [d.site.output for d in outcome.passes[0].dropped] == ["v6"]
     assert judge.rebased == [Guarantee.APPROXIMATE]
+
+
+def test_what_differs_from_the_reference_of_its_edits_is_dropped_whatever_the_budget() -> None:
+    class Proven(LossyRename):
+        name = "proven"
+
+        def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+            done: list[str] = []
+            for edit in list(super().run(model, ctx)):
+                assert isinstance(edit, Edit)
+
+                def apply(edit: Edit = edit) -> None:
+                    edit.apply()
+                    done.append(edit.site.output)
+
+                def reference() -> ir.Model:
+                    expected = chain(6)
+                    for node in list(expected.graph)[: len(done)]:
+                        node.op_type = self.to
+                    return expected
+
+                yield dataclasses.replace(edit, apply=apply, reference=reference)
+
+    outcome = manager.run(chain(6), [Proven(wrong_at="v6")], CTX, CountingJudge(allowed=6))
+    assert ops(outcome.model) == ["Abs"] * 5 + ["Relu"]
+    (dropped,) = outcome.passes[0].dropped
+    assert dropped.site.output == "v6"
+    assert dropped.reason == "it does not compute what it should: other operators"
 
 
 def test_a_lossy_pass_far_beyond_the_budget_keeps_what_fits() -> None:

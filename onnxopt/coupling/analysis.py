@@ -49,6 +49,14 @@ class Member:
     units: Ints
     consumes: bool
 
+    @property
+    def graph(self) -> ir.Graph:
+        """The graph that holds the constant."""
+        node = self.value.producer()
+        graph = self.value.graph if node is None else node.graph
+        assert graph is not None, "constants of a model are in a graph"
+        return graph
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Group:
@@ -59,13 +67,13 @@ class Group:
             another group has that name.
         roots: (units,): the identity by which each unit is known to the analysis.
         members: The constants.
-        wide: Whether a unit has several indexes on some axis, as a head has.
+        span: How many indexes of a constant a unit has at least: 1 for a channel, more for a head.
     """
 
     name: str
     roots: Ints
     members: tuple[Member, ...]
-    wide: bool
+    span: int
 
     @property
     def units(self) -> int:
@@ -204,8 +212,7 @@ def _groups(axes: tuple[Axis, ...], labels: Ints, reasons: Ints, sinks: list[Sin
     for places in members.values():
         first = places[0]
         touched = [axes[i] for i in pairs[bounds[first] : bounds[first + 1], 1]]
-        wide = bool((counts[bounds[first] : bounds[first + 1]] > 1).any())
-        group = _group(touched, roots[places], labels, summed, wide)
+        group = _group(touched, roots[places], labels, summed)
         if group is not None:
             found.append(group)
     return _named_apart(sorted(found, key=lambda group: int(group.roots[0])))
@@ -225,9 +232,7 @@ def _named_apart(groups: list[Group]) -> tuple[Group, ...]:
     return tuple(named)
 
 
-def _group(
-    touched: list[Axis], roots: Ints, labels: Ints, summed: set[tuple[ir.Value | None, int]], wide: bool
-) -> Group | None:
+def _group(touched: list[Axis], roots: Ints, labels: Ints, summed: set[tuple[ir.Value | None, int]]) -> Group | None:
     if len(roots) < 2 or not any((axis.value, axis.axis) in summed for axis in touched):
         return None
     members = []
@@ -239,5 +244,6 @@ def _group(
         place = np.minimum(np.searchsorted(roots, own), len(roots) - 1)
         units = np.where(roots[place] == own, place, -1)
         members.append(Member(axis.value, tensor, axis.axis, units, (axis.value, axis.axis) in summed))
-    group = Group("", roots, tuple(members), wide)
+    span = min((int((member.units == 0).sum()) for member in members), default=1)
+    group = Group("", roots, tuple(members), span)
     return group if group.makers else None  # else they are classes of a one-hot encoding, or places

@@ -14,7 +14,15 @@ from onnxopt.coupling.analysis import Coupling
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.rewrites import Mask, Rewrite
 from onnxopt.coupling.sizes import with_elements
-from onnxopt.graph import Names, all_nodes, constant_tensor, drop_unused_constants, insert_before, make_node
+from onnxopt.graph import (
+    Names,
+    all_nodes,
+    constant_tensor,
+    drop_unused_constants,
+    insert_before,
+    make_node,
+    remove_unused,
+)
 from onnxopt.proto.collector import garbage_collection_paused
 
 
@@ -127,6 +135,8 @@ class Removal:
         if old is not value:
             node.replace_input_with(index, value)
             drop_unused_constants([old])
+            if old is not None and (producer := old.producer()) is not None:
+                remove_unused(producer)
 
     def opset(self) -> int:
         """Return the version of the standard operators."""

@@ -140,7 +140,7 @@ def test_heads_go_out_whole(prune, sizes):
         wq=(16, 32), bq=(32,), wk=(16, 32), wv=(16, 32), wo=(32, 16),
     )  # fmt: skip
     assert done.groups == {"wq": 4}
-    assert done.coupling.groups[0].wide
+    assert done.coupling.groups[0].span == 8
     assert [done.shape(n) for n in ("wq", "bq", "wo")] == [[16, 16], [16], [16, 16]]
 
 

@@ -1,0 +1,44 @@
+"""How much the units of a group matter, by what is in the file."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxopt.analysis.weights import FLOATS
+from onnxopt.coupling.analysis import Group, Member
+
+Scores: TypeAlias = npt.NDArray[np.float64]
+
+
+def magnitude(group: Group) -> Scores:
+    """Return the squared norm of what each unit consists of, (units,).
+
+    Each constant counts as much as any other, whatever its size: its squared norms are divided by their mean.
+    (Group norm of DepGraph, https://arxiv.org/abs/2301.12900, section 3.3.)
+    """
+    total: Scores = np.zeros(group.units)
+    for member in weighed(group):
+        scores = squared_norms(member, group.units)
+        mean = scores.mean()
+        if np.isfinite(mean) and mean > 0:
+            total += scores / mean
+    return total
+
+
+def weighed(group: Group) -> tuple[Member, ...]:
+    """Return the members that are matrices or kernels, or all where there is none."""
+    floats = tuple(m for m in group.members if m.tensor.dtype in FLOATS)
+    return tuple(m for m in floats if m.tensor.size > max(m.tensor.shape.numpy(), default=1)) or floats
+
+
+def squared_norms(member: Member, units: int) -> Scores:
+    """Return the sum of the squares of a constant by the units that its elements belong to, (units,)."""
+    array: npt.NDArray[Any] = member.tensor.numpy()
+    rows = np.moveaxis(array, member.axis, 0).reshape(len(member.units), -1).astype(np.float32, copy=False)
+    norms = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    inside = member.units >= 0
+    scores: Scores = np.bincount(member.units[inside], norms[inside], minlength=units).astype(np.float64)
+    return scores

@@ -1,0 +1,30 @@
+"""How many units of a group stay, and which ones go."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from onnxopt.coupling.importance import Scores
+from onnxopt.coupling.partition import Ints
+
+MAX_MULTIPLE = 1024
+"""No kernel computes more channels at once."""
+
+
+def rounded(wanted: float, width: int, multiple: int, least: int) -> int:
+    """Return a width near the wanted one that kernels like.
+
+    Args:
+        wanted: How many units should stay.
+        width: How many there are.
+        multiple: What the result is a multiple of, if at least two of them are wanted; else a half of it, and so on.
+        least: No fewer stay, unless there are fewer.
+    """
+    while multiple > 1 and wanted < 2 * multiple:
+        multiple //= 2
+    return min(width, max(least, round(wanted / multiple) * multiple))
+
+
+def least_important(scores: Scores, count: int) -> Ints:
+    """Return the places of the lowest scores, the first ones of equals, in ascending order."""
+    return np.sort(np.argsort(scores, kind="stable")[:count])

@@ -1,0 +1,103 @@
+"""Remove whole channels, heads, neurons and hidden units."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
+from onnxopt.coupling import importance
+from onnxopt.coupling.analysis import Coupling, Group, analyse
+from onnxopt.coupling.removal import Removal
+from onnxopt.coupling.selection import MAX_MULTIPLE, least_important, rounded
+from onnxopt.errors import UsageError
+from onnxopt.graph import constant_tensor, scopes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PruneChannels(GraphPass):
+    """Remove the least important channels, heads, neurons and hidden units, with everything that depends on them.
+
+    What must go together follows from the graph; what is left out of a weight is gone, and the model gets smaller and
+    faster. Inputs and outputs of the model keep their shapes. The result equals the original in which the removed
+    channels count as zero; that is verified, and what fails is dropped and named. Repair accuracy afterwards.
+
+    Attributes:
+        ratio: The part of the channels of each layer that goes, above 0 and below 1.
+        multiple: What is left of a layer is a multiple of this where the layer is wide enough, because kernels
+            compute that many channels at once; of halves of it where it is narrower. From 1 to 1024.
+        min_channels: No layer gets narrower than this. Layers of whole blocks, such as heads, may go down to one.
+    """
+
+    name: ClassVar[str] = "prune-channels"
+    guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
+
+    ratio: float = 0.5
+    multiple: int = 8
+    min_channels: int = 4
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            UsageError: If one cannot be used.
+        """
+        if not 0 < self.ratio < 1:
+            raise UsageError(f"prune-channels: ratio is {self.ratio}; use a number above 0 and below 1.")
+        if not 1 <= self.multiple <= MAX_MULTIPLE:
+            raise UsageError(f"prune-channels: multiple is {self.multiple}; use 1 to {MAX_MULTIPLE}.")
+        if self.min_channels < 1:
+            raise UsageError(f"prune-channels: min_channels is {self.min_channels}; use 1 or more.")
+
+    def caveat(self) -> str:
+        """Say that accuracy is to be repaired."""
+        return "prune-channels: outputs move, mostly by much; repair or train the model afterwards before you trust it."
+
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        """Yield one edit per group of channels that go together, and the layers that must stay as they are."""
+        coupling = analyse(model, ctx.shapes)
+        yield from self._refusals(model, coupling)
+        removal = Removal(model, coupling)
+        paths = {scope.graph: scope.path for scope in scopes(model)}
+        for group in coupling.groups:
+            site = Site(self.name, paths[group.makers[0].graph], group.name)
+            keep = self._keep(group)
+            if keep >= group.units:
+                yield Refusal(site, f"its {group.units} {units(group)} are too few to remove any")
+                continue
+            gone = least_important(importance.magnitude(group), group.units - keep)
+            yield Edit(
+                site,
+                f"{group.units} to {keep} {units(group)}",
+                functools.partial(removal.remove, group.roots[gone]),
+                (Width(group.name, group.units, keep),),
+                removal.zeroed,
+            )
+
+    def _keep(self, group: Group) -> int:
+        """Return how many units of a group stay."""
+        if group.span > 1:
+            return max(1, round(group.units * (1 - self.ratio)))
+        return rounded(group.units * (1 - self.ratio), group.units, self.multiple, self.min_channels)
+
+    def _refusals(self, model: ir.Model, coupling: Coupling) -> Iterator[Refusal]:
+        """Yield the weights whose input channels must all stay, and why."""
+        paths = {scope.graph: scope.path for scope in scopes(model)}
+        seen = set()
+        for sink in coupling.sinks:
+            value = sink.node.inputs[sink.index]
+            if value is None or value in seen or constant_tensor(value) is None or value.graph not in paths:
+                continue
+            seen.add(value)
+            reason = coupling.frozen(value, sink.axis)
+            if reason is not None:
+                yield Refusal(Site(self.name, paths[value.graph], value.name or ""), f"its inputs stay: {reason}")
+
+
+def units(group: Group) -> str:
+    """Return what the units of a group are called."""
+    return "channels" if group.span == 1 else f"blocks of {group.span} channels"

@@ -1,0 +1,146 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+
+import onnxopt
+from onnxopt import model as models
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.cli import cli
+from onnxopt.contract import Context, Edit, Refusal, Width
+from onnxopt.coupling.removal import Removal
+from onnxopt.coupling.selection import rounded
+from onnxopt.errors import UsageError
+from onnxopt.graph import all_nodes, constant_tensor
+from onnxopt.passes.prune.channels import PruneChannels
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def mlp(width=64, **changes):
+    """Build a perceptron whose hidden neurons matter the more the later they come."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> agraph (float[2,16] x) => (float[2,4] y) '
+        "{ a = Gemm(x, w, b) r = Relu(a) y = MatMul(r, v) }"
+    )
+    rng = np.random.default_rng(0)
+    size = np.linspace(0.1, 2, width).astype(np.float32)
+    arrays = {
+        "w": rng.normal(size=(16, width)).astype(np.float32) * size,
+        "b": rng.normal(size=width).astype(np.float32),
+        "v": rng.normal(size=(width, 4)).astype(np.float32) * size[:, None],
+    }
+    for name, array in (arrays | changes).items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+def found(model, **options):
+    ctx = Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model))
+    return list(PruneChannels(**options).run(model, ctx))
+
+
+def optimize(model, spec="prune-channels"):
+    result = onnxopt.optimize(model, passes=spec, max_error=float("inf"), measure=False)
+    return result.model, result.report.passes[0]
+
+
+def test_the_weakest_neurons_go():
+    model = mlp()
+    (edit,) = (item for item in found(model) if isinstance(item, Edit))
+    assert (edit.site.output, edit.summary) == ("w", "64 to 32 channels")
+    assert edit.widths == (Width("w", 64, 32),)
+    before = model.graph.initializers["w"].const_value.numpy()
+    edit.apply()
+    after = model.graph.initializers["w"].const_value.numpy()
+    kept = [i for i in range(64) if any(np.array_equal(before[:, i], column) for column in after.T)]
+    assert after.shape == (16, 32)
+    assert kept == sorted(kept)
+    assert np.mean(kept) > 44
+
+
+def test_inputs_and_outputs_of_the_model_are_named_as_reasons():
+    refusals = {item.site.output: item.reason for item in found(mlp()) if isinstance(item, Refusal)}
+    assert refusals == {"w": "its inputs stay: it is an input of the model"}
+
+
+def test_a_layer_that_is_too_narrow_is_left_alone():
+    refusals = [item.reason for item in found(mlp(width=4)) if isinstance(item, Refusal)]
+    assert "its 4 channels are too few to remove any" in refusals
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "multiple", "left"),
+    [
+        (32, 64, 16, 32),
+        (45, 64, 16, 48),
+        (22.4, 32, 16, 24),
+        (12, 24, 16, 12),
+        (6, 8, 8, 6),
+        (0.5, 64, 1, 4),
+        (5, 3, 8, 3),
+    ],
+)
+def test_widths(wanted, width, multiple, left):
+    assert rounded(wanted, width, multiple, 4) == left
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"ratio": 0.0}, "ratio is 0.0"), ({"ratio": 1.0}, "ratio is 1.0"), ({"multiple": 0}, "multiple is 0"),
+     ({"min_channels": 0}, "min_channels is 0")],
+)  # fmt: skip
+def test_options(options, message):
+    with pytest.raises(UsageError, match=message):
+        PruneChannels(**options)
+
+
+def test_weights_that_are_not_numbers_do_not_stop_it():
+    weights = np.full((16, 64), np.nan, np.float32)
+    edits = [item for item in found(mlp(w=weights)) if isinstance(item, Edit)]
+    assert [edit.summary for edit in edits] == ["64 to 32 channels"]
+
+
+def test_the_original_is_not_written_into():
+    model = mlp()
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    optimize(model)
+    for name, array in before.items():
+        np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), array)
+
+
+def test_a_group_that_is_pruned_wrongly_is_dropped_and_named(monkeypatch):
+    remove = Removal.remove
+
+    def wrong(self, roots):
+        remove(self, roots)
+        if len(roots) == 16:
+            weight = self.model.graph.initializers["conv1.weight"]
+            weight.const_value = ir.tensor(weight.const_value.numpy() * 2, name=weight.name)
+
+    monkeypatch.setattr(Removal, "remove", wrong)
+    model, report = optimize(MODELS / "mnist_cnn.onnx")
+    (dropped,) = report.dropped
+    assert dropped.site.output == "conv1.weight"
+    assert dropped.reason.startswith("it does not compute what it should: ")
+    assert [edit.site.output for edit in report.applied] == ["conv2.weight", "conv3.weight", "dense1.weight"]
+    assert model.graph.initializers["conv1.weight"].const_value.shape[0] == 32
+
+
+@pytest.mark.parametrize("name", ["mnist_cnn.onnx", "mnist_cnn_bn.onnx"])
+def test_real_models_from_the_command_line(tmp_path, name):
+    out = tmp_path / "pruned.onnx"
+    arguments = ["optimize", MODELS / name, "-o", out, "--passes", "prune-channels{ratio=0.5}", "--max-error", "inf"]
+    result = CliRunner().invoke(cli, [str(a) for a in [*arguments, "--no-measure"]])
+    assert result.exit_code == 0, result.output
+    assert "32 to 16 channels" in result.output
+    before, after = (parameters(models.load(path)) for path in (MODELS / name, out))
+    assert after < 0.3 * before
+
+
+def parameters(model):
+    values = [*model.graph.initializers.values(), *(node.outputs[0] for node in all_nodes(model) if node.outputs)]
+    return sum(tensor.size for value in values if (tensor := constant_tensor(value)) is not None)
