@@ -13,7 +13,7 @@ import itertools
 
 import onnx_ir as ir
 
-from onnxopt.graft.cut import Flow
+from onnxopt.graft.cut import SIZES, Flow
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graph import attribute, constant_ints, constant_tensor, is_op
 
@@ -24,7 +24,6 @@ _QUANTIZED = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulIn
 _MIXERS = frozenset({"Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN"})
 _TABLES = frozenset({"Gather", "GatherBlockQuantized", "EmbedLayerNormalization"})
 _SOURCES = _LAYERS | _QUANTIZED | _MIXERS | _TABLES
-_SIZES = frozenset({"Shape", "Size"})
 _LONGEST_PERIOD = 4
 
 
@@ -116,7 +115,7 @@ def _active(flow: Flow) -> set[ir.Node]:
     values: set[ir.Value] = set()
     nodes: set[ir.Node] = set()
     for node in flow.nodes:
-        if node.op_type in _SIZES:
+        if node.op_type in SIZES:
             continue
         read = flow.reads[node]
         begins = _has_weights(flow, node) and any(v in flow.varying for v in read)

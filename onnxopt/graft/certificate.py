@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxopt.graft.probe import Match
+from onnxopt.graft.probe import Change, Match
 from onnxopt.graph import scopes
 from onnxopt.model import ORIGINAL
 from onnxopt.proto.datafile import DataFile
@@ -154,7 +155,7 @@ class GraftCertificate:
         sets: How many sets of inputs of the host were run.
         slices: The donor's part alone against the same inside the result, on the values that it reads there.
         untouched: Outputs and boundary values in front of the graft, against the host as it was.
-        changed: Outputs of the model behind the graft.
+        changed: Outputs of the model behind the graft, and how far they moved.
         fitted: The adapters that were fitted to data.
     """
 
@@ -175,7 +176,7 @@ class GraftCertificate:
     sets: int
     slices: tuple[Match, ...]
     untouched: tuple[Match, ...]
-    changed: tuple[str, ...]
+    changed: tuple[Change, ...]
     fitted: tuple[Fitted, ...]
 
     @property
@@ -204,12 +205,22 @@ class GraftCertificate:
         return lines
 
     def _around(self) -> str:
-        behind = f"Behind the graft: {', '.join(self.changed)}." if self.changed else "No output depends on the graft."
+        behind = "No output depends on the graft."
+        if self.changed:
+            behind = f"Behind the graft: {', '.join(map(_moved, self.changed))}."
         return f"What does not depend on it is as it was ({agreement(self.untouched)}). {behind}"
 
 
 def _nodes(pair: tuple[int, int]) -> str:
     return f"{pair[0]:,} -> {count(pair[1], 'node')}"
+
+
+def _moved(change: Change) -> str:
+    if change.relative == 0.0:
+        return f"{change.name} (as it was)"
+    if math.isinf(change.relative):
+        return f"{change.name} (of another type, shape or with other infinities)"
+    return f"{change.name} (moved by up to {deviation(change.relative)} of its range)"
 
 
 def _by_way_of(adapters: tuple[str, ...]) -> str:

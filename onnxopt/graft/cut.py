@@ -22,6 +22,9 @@ from onnxopt.graft.reasons import RefusedError
 from onnxopt.graph import RANDOM_OPS, bodies, first_output, scopes
 from onnxopt.registry import nearest
 
+SIZES = frozenset({"Shape", "Size"})
+"""Operators that look at the size of a value alone."""
+
 _MOST_NAMED = 6
 
 
@@ -173,13 +176,13 @@ class Flow:
                 waiting.extend(self.reads[node])
         return found
 
-    def after(self, sources: Iterable[ir.Value]) -> set[ir.Node]:
-        """Return the nodes that depend on any of the values."""
+    def after(self, sources: Iterable[ir.Value], *, through_sizes: bool = True) -> set[ir.Node]:
+        """Return the nodes that depend on any of the values; on what they hold, if sizes are left out."""
         found: set[ir.Node] = set()
         waiting = list(sources)
         while waiting:
             for node in self.readers.get(waiting.pop(), ()):
-                if node not in found:
+                if node not in found and (through_sizes or node.op_type not in SIZES):
                     found.add(node)
                     waiting.extend(node.outputs)
         return found
@@ -324,6 +327,15 @@ def block_part(flow: Flow, start: ir.Value, end: ir.Value) -> Part:
     """Return the part between two values, with whatever else it reads and others read of it at its boundary."""
     nodes, sides = flow.between([start], [end])
     others = [v for v in flow.results(nodes) if v is not end]
+    # What follows from the size of the activations alone, such as a mask, and serves others too is no part of it.
+    data = {v for node in flow.after([start], through_sizes=False) for v in node.outputs}
+    shared = [v for v in others if v not in data]
+    if shared:
+        nodes, sides = flow.between([start, *shared], [end])
+        read = {v for node in nodes for v in flow.reads[node]}
+        sides = [*(v for v in shared if v in read), *sides]
+        # Sizes that it reads and others too, both compute.
+        others = [v for v in flow.results(nodes) if v is not end and v in data]
     return Part(flow.model, (start, *sides), (end, *others), flow.ordered(nodes))
 
 

@@ -83,28 +83,45 @@ def pair_in_order(host: Side, donor: Side, what: str) -> list[Link]:
 
 
 def pair_inputs(
-    host: Side, donor: Side, host_shapes: Shapes, donor_shapes: Shapes, *, same_model: bool, seen: SeenValues
+    host: Side,
+    donor: Side,
+    host_shapes: Shapes,
+    donor_shapes: Shapes,
+    *,
+    first: bool,
+    same_model: bool,
+    seen: SeenValues,
 ) -> list[Link]:
     """Find for each input of the donor's part what it gets in the host.
 
-    The first values belong together. The others do where they are the same value of one model, lists of the same
-    sizes, the only ones of their type, or equal on the same inputs. A list of sizes without a counterpart is
-    computed.
+    Values belong together where they are the same value of one model or inputs of one name, lists of the same sizes,
+    the only ones of their type, or equal on the same inputs. A list of sizes without a counterpart is computed.
+
+    Args:
+        host: What goes into the host's part.
+        donor: What goes into the donor's.
+        host_shapes: What is known about shapes of the host.
+        donor_shapes: What is known about shapes of the donor.
+        first: Whether the first values belong together, as those of two blocks do.
+        same_model: Whether host and donor are the same model.
+        seen: Returns the values on the same inputs.
 
     Raises:
         RefusedError: If one has no counterpart, or more than one.
     """
-    links = [Link(0, 0)]
-    free = set(range(1, len(host.slots)))
+    links = [Link(0, 0)] if first else []
+    free = set(range(len(links), len(host.slots)))
     later: list[int] = []
     wanted = [sizes_of(v, donor.values, donor_shapes) for v in donor.values]
     held = [sizes_of(v, host.values, host_shapes) for v in host.values]
-    for i in range(1, len(donor.slots)):
-        same = next((j for j in free if same_model and host.slots[j].name == donor.slots[i].name), None)
-        if same is None and wanted[i] is not None:
-            same = next((j for j in free if held[j] == wanted[i] and host.slots[j].type == donor.slots[i].type), None)
-            if same is None and _only_main(wanted[i]):
-                links.append(Link(i, None, sizes=wanted[i]))
+    for i in range(len(links), len(donor.slots)):
+        same = next((j for j in sorted(free) if _is_same(host, j, donor, i, same_model=same_model)), None)
+        if same is None and first and (sizes := wanted[i]) is not None:
+            same = next(
+                (j for j in sorted(free) if held[j] == sizes and host.slots[j].type == donor.slots[i].type), None
+            )
+            if same is None and all(isinstance(e, int) or e[0] == 0 for e in sizes.elements):
+                links.append(Link(i, None, sizes=sizes))
                 continue
         if same is None:
             later.append(i)
@@ -113,6 +130,13 @@ def pair_inputs(
             free.discard(same)
     links += _by_type(host, donor, later, free, seen)
     return sorted(links, key=lambda link: link.donor)
+
+
+def _is_same(host: Side, j: int, donor: Side, i: int, *, same_model: bool) -> bool:
+    """Whether two values are one, or inputs that are called the same."""
+    if host.slots[j].name != donor.slots[i].name:
+        return False
+    return same_model or (host.values[j].is_graph_input() and donor.values[i].is_graph_input())
 
 
 def _by_type(host: Side, donor: Side, later: list[int], free: set[int], seen: SeenValues) -> list[Link]:
@@ -206,11 +230,6 @@ def sizes_of(value: ir.Value, inputs: Sequence[ir.Value], shapes: Shapes) -> Siz
         else:
             return None
     return Sizes(tuple(elements), scalar)
-
-
-def _only_main(sizes: Sizes | None) -> bool:
-    """Whether sizes can be told from the first input."""
-    return sizes is not None and all(isinstance(e, int) or e[0] == 0 for e in sizes.elements)
 
 
 def _listing(host: Side, donor: Side) -> str:

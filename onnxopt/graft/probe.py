@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +47,20 @@ class Match:
     def equal(self) -> bool:
         """Whether not a bit differs."""
         return self.ok and self.max_abs == 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """How far an output moved.
+
+    Attributes:
+        name: Name of the output.
+        relative: Largest difference relative to the range it had; infinite where its type or shape changed, or NaN
+            or infinity is new.
+    """
+
+    name: str
+    relative: float
 
 
 class Probe:
@@ -140,6 +155,15 @@ def matches(
         _match(other, [e[name] for e in expected], [f[other] for f in found], rounding[name])
         for name, other in names.items()
     )
+
+
+def distance(name: str, before: Sequence[Values], after: Sequence[Values]) -> Change:
+    """Return how far a value moved."""
+    seen, total = Extent(), Difference("empty")
+    for one, other in zip(before, after, strict=True):
+        seen |= extent(one[name])
+        total |= difference(one[name], other[name])
+    return Change(name, math.inf if total.broken else total.max_abs / seen.scale)
 
 
 def _match(name: str, expected: Sequence[Any], found: Sequence[Any], rounding: Rounding) -> Match:

@@ -21,12 +21,12 @@ from onnxopt.graft.certificate import (
     Mapped,
     files_of,
 )
-from onnxopt.graft.cut import Cut, Flow, Part, Tensors, parse_cut, resolve
+from onnxopt.graft.cut import Block, Cut, Flow, Part, Tensors, parse_cut, resolve
 from onnxopt.graft.extraction import Source
 from onnxopt.graft.fitting import fit
 from onnxopt.graft.interface import FITTED, Adapter, Slot, adapters, described, slot
 from onnxopt.graft.pairing import Link, Side, pair_in_order, pair_inputs, pair_outputs
-from onnxopt.graft.probe import Match, Probe, find_feeds, matches, outputs_of, run
+from onnxopt.graft.probe import Match, Probe, distance, find_feeds, matches, outputs_of, run
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.slicing import Types, standalone
 from onnxopt.graft.splice import Copy, Fit, Splice, insertion, unify
@@ -103,7 +103,7 @@ def graft(
         raise UsageError(f"repeat must be at least 1, not {repeat}.", "repeat")
     progress = progress or Silent()
     progress.stage("cutting")
-    request = _Request(
+    request = Request(
         host=models.load(host),
         donor=models.load(donor),
         replace=parse_cut(replace) if isinstance(replace, str) else replace,
@@ -116,11 +116,11 @@ def graft(
     samples = load_data(data, request.host) if isinstance(data, (str, os.PathLike)) else data
     progress.stage("running the host")
     feeds = find_feeds(request.host, samples, request.options, seed=seed, shape=shape)
-    return Grafting(request, feeds, samples, progress).run()
+    return Grafting(request, Probe(request.host, feeds, request.options), samples, progress).run()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Request:
+class Request:
     """What is wanted; see `graft`."""
 
     host: ir.Model
@@ -136,14 +136,21 @@ class _Request:
 class Grafting:
     """One graft, from the cuts to the certificate."""
 
-    def __init__(self, request: _Request, feeds: list[Feed], samples: Data | None, progress: Progress) -> None:
-        """Nothing is done yet."""
+    def __init__(self, request: Request, before: Probe, samples: Data | None, progress: Progress) -> None:
+        """Nothing is done yet.
+
+        Args:
+            request: What is wanted.
+            before: Runs the host.
+            samples: What adapters are fitted to.
+            progress: Told what is being done.
+        """
         self._request = request
-        self._feeds = feeds
+        self._feeds = before.feeds
         self._samples = samples
         self._progress = progress
         self._opsets: list[tuple[str, str]] = []
-        self._before = Probe(request.host, feeds, request.options)
+        self._before = before
 
     def run(self) -> Grafted:
         """Do it."""
@@ -323,10 +330,11 @@ class Grafting:
         boundary = [n for c in copies for v in (*c.inputs, *c.outputs) if (n := v.name or "")]
         untouched = [v.name or "" for v in result.graph.outputs if v not in downstream]
         around = {name: name for name in untouched} | sides.still_read(inputs)
-        changed = tuple(v.name or "" for v in result.graph.outputs if v in downstream)
+        changed = [v.name or "" for v in result.graph.outputs if v in downstream]
         inside = after.values([*boundary, *around.values(), *changed])
         slices = tuple(m for copy in copies for m in self._slice(reference, copy, inside))
-        rest = _same(request.host, self._before, around, inside)
+        before = self._before.values([*around, *changed])
+        rest = _same(request.host, before, around, inside)
         wrong = next((m for m in (*slices, *rest) if not m.ok), None)
         if wrong is not None:
             raise RefusedError(
@@ -350,7 +358,7 @@ class Grafting:
             sets=len(self._feeds),
             slices=slices,
             untouched=rest,
-            changed=changed,
+            changed=tuple(distance(name, before, inside) for name in changed),
             fitted=fitted,
         )
 
@@ -382,7 +390,7 @@ class _Sides:
         free: For each of the host's outputs, whether its type may change: it is an output of the model, read by none.
     """
 
-    def __init__(self, host: Part, host_types: Types, donor: Part, donor_types: Types, request: _Request) -> None:
+    def __init__(self, host: Part, host_types: Types, donor: Part, donor_types: Types, request: Request) -> None:
         named = isinstance(request.replace, Tensors) or request.after is not None
         taken = isinstance(request.take, Tensors)
         self.host_in = _side(host.inputs, host_types, named)
@@ -396,6 +404,9 @@ class _Sides:
         ]
         self._types = host_types, donor_types
         self._inputs = host.inputs
+        self._blocks = isinstance(request.take, Block) and (
+            isinstance(request.replace, Block) or request.replace is None
+        )
         if request.after is not None:
             # An output that something is put behind gives its name to what comes out.
             self.host_in = dataclasses.replace(
@@ -426,6 +437,7 @@ class _Sides:
             self.donor_in,
             host_types.shapes,
             donor_types.shapes,
+            first=self._blocks,
             same_model=self._same_model,
             seen=seen,
         )
@@ -481,7 +493,7 @@ def _mapped(link: Link, host: Side, donor: Side) -> Mapped:
 
 
 def _same(
-    host: ir.Model, before: Probe, names: Mapping[str, str], inside: Sequence[dict[str, Any]]
+    host: ir.Model, before: Sequence[dict[str, Any]], names: Mapping[str, str], inside: Sequence[dict[str, Any]]
 ) -> tuple[Match, ...]:
     """Compare values in front of the graft, or beside it, with those of the host as it was."""
     if not names:
@@ -490,7 +502,7 @@ def _same(
     values = {v.name: v for v in (*revealed.graph.inputs, *(o for n in revealed.graph for o in n.outputs))}
     revealed.graph.outputs.clear()
     revealed.graph.outputs.extend(values[name] for name in names)
-    return matches(revealed, before.values(names), inside, names)
+    return matches(revealed, before, inside, names)
 
 
 def _anchor(part: Part) -> ir.Node:

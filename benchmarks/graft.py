@@ -1,0 +1,214 @@
+"""Cut and paste on every block of real models and every node of the ONNX backend tests: certified, refused or wrong.
+
+Usage: python benchmarks/graft.py [--only WORD] [--no-backend] [FOLDER ...]
+
+For every block and the backbone of every .onnx in the folders (models/ and models/fetched/ by default):
+
+- extract it;
+- graft it onto itself: the outputs must be equal to the bit;
+- graft it from another export of the same model where the folder has one (NAME_legacy, NAME_noopt), both ways: the
+  outputs must be those of the host within 1e-3 of their range.
+
+For every node of those ONNX backend tests that have more than one node, or bodies that may capture values: extract it,
+and graft it onto itself. "Wrong" is what was certified and fails these demands, which the certificate does not know
+of, and whatever ends in anything but a refusal. The bar: 95% certified, none wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import glob
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import onnx_ir as ir
+from backend import variants
+
+import onnxopt
+from onnxopt.contract import Silent
+from onnxopt.errors import OnnxOptError
+from onnxopt.graft.blocks import blocks
+from onnxopt.graft.cut import Backbone, Block, Cut, Flow, Nodes, resolve
+from onnxopt.graft.extraction import prove
+from onnxopt.graft.probe import Probe, find_feeds
+from onnxopt.graft.reasons import RefusedError
+from onnxopt.graft.slicing import Types, standalone
+from onnxopt.graft.transplant import Grafting, Request
+from onnxopt.graph import bodies
+from onnxopt.runtime import RunOptions
+
+ROOT = Path(__file__).parent.parent
+FEEDS = 2
+OTHER_EXPORT = 1e-3
+BAR = 0.95
+EXPORTS = re.compile(r"(_legacy|_noopt)?\.onnx$")
+
+
+@dataclasses.dataclass
+class Tally:
+    """What came out.
+
+    Attributes:
+        certified: How many were.
+        refused: Reason -> how many.
+        wrong: What was wrong, in words.
+    """
+
+    certified: int = 0
+    refused: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    wrong: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, label: str, attempt: Callable[[], str]) -> None:
+        """Try something; it returns what is wrong with the result, empty when nothing is."""
+        try:
+            fault = attempt()
+        except RefusedError as refused:
+            self.refused[refused.reason] += 1
+            print(f"  refused  {label}: {refused.reason}: {str(refused)[:300]}", flush=True)
+            return
+        except Exception as error:  # whatever is raised is what this looks for
+            fault = f"{type(error).__name__}: {error}"
+        if fault:
+            self.wrong.append(f"{label}: {fault}")
+            print(f"  WRONG    {label}: {fault[:300]}", flush=True)
+        else:
+            self.certified += 1
+
+    @property
+    def total(self) -> int:
+        """How many were tried."""
+        return self.certified + self.refused.total() + len(self.wrong)
+
+    def __str__(self) -> str:
+        reasons = ", ".join(f"{reason} {number}" for reason, number in self.refused.most_common()) or "none"
+        share = 100 * self.certified / max(self.total, 1)
+        return (
+            f"{self.certified} of {self.total} certified ({share:.1f}%), refused: {reasons}; wrong: {len(self.wrong)}"
+        )
+
+
+class Subject:
+    """A model, run once on a few inputs, whose parts are cut out and put back."""
+
+    def __init__(self, name: str, model: ir.Model, feeds: list[dict[str, object]] | None = None) -> None:
+        self.name = name
+        self.model = model
+        found = find_feeds(model, None, RunOptions())[:FEEDS] if feeds is None else feeds
+        self.probe = Probe(model, found)
+        self.flow = Flow(model)
+        self.types = Types(model)
+
+    def extract(self, cut: Cut) -> str:
+        """Cut a part out and prove it."""
+        part = resolve(self.model, cut, self.flow)
+        prove(part, standalone(part, self.types), self.probe)
+        return ""
+
+    def graft(self, donor: Subject, cut: Cut, allowed: float, *, adapters: bool) -> str:
+        """Put a part of a donor in the place of the same part; return how outputs move more than is allowed."""
+        request = Request(
+            self.model, donor.model, cut, None, cut, 1, "allow" if adapters else "none", self.probe.options
+        )
+        done = Grafting(request, self.probe, None, Silent()).run()
+        moved = [c for c in done.certificate.changed if not c.relative <= allowed]
+        return "; ".join(f"{c.name} moved by {c.relative:.1e}" for c in moved)
+
+    def prefetch(self, cuts: list[Cut]) -> None:
+        """Run the model once for all boundary values."""
+        names = [v.name or "" for v in self.model.graph.outputs]
+        for cut in cuts:
+            try:
+                part = resolve(self.model, cut, self.flow)
+            except OnnxOptError:
+                continue
+            names += [v.name or "" for v in (*part.inputs, *part.outputs)]
+        self.probe.values(names)
+
+
+def real(paths: list[Path], tallies: dict[str, Tally]) -> None:
+    """Sweep over real models."""
+    subjects: dict[Path, Subject] = {}
+    for path in paths:
+        start = time.perf_counter()
+        try:
+            subject = Subject(path.name, onnxopt.load(path))
+            cuts: list[Cut] = [*(Block(i) for i in range(len(blocks(subject.flow)))), Backbone()]
+            subject.prefetch(cuts)
+        except OnnxOptError as error:
+            print(f"{path.name}: does not run here: {error}", flush=True)
+            continue
+        _alone(subject, cuts, tallies["extract"], tallies["onto itself"])
+        for other, donor in subjects.items():
+            if EXPORTS.sub("", other.name) == EXPORTS.sub("", path.name):
+                _exchange(subject, donor, tallies["other export"])
+        subjects = {p: s for p, s in subjects.items() if EXPORTS.sub("", p.name) == EXPORTS.sub("", path.name)}
+        subjects[path] = subject
+        print(f"{path.name}: {len(cuts)} cuts, {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _alone(subject: Subject, cuts: list[Cut], extracted: Tally, grafted: Tally) -> None:
+    """Cut every part out, and put it back in its own place."""
+    for cut in cuts:
+        label = f"{subject.name} {cut}"
+        extracted.add(label, lambda c=cut: subject.extract(c))
+        grafted.add(label, lambda c=cut: subject.graft(subject, c, 0.0, adapters=False))
+
+
+def _exchange(one: Subject, other: Subject, tally: Tally) -> None:
+    """Graft every block of either export into the other."""
+    count = len(blocks(one.flow))
+    if count != len(blocks(other.flow)):
+        print(f"  {one.name} and {other.name} have different numbers of blocks", flush=True)
+        return
+    for host, donor in ((one, other), (other, one)):
+        for cut in [*(Block(i) for i in range(count)), Backbone()]:
+            label = f"{host.name} {cut} from {donor.name}"
+            tally.add(label, lambda h=host, d=donor, c=cut: h.graft(d, c, OTHER_EXPORT, adapters=True))
+
+
+def backend() -> Iterator[tuple[Subject, list[Cut]]]:
+    """Yield those backend tests whose nodes lie in a graph that is more than the node."""
+    for variant in variants():
+        try:
+            model = onnxopt.load(variant.model)
+            nodes = list(model.graph)
+            if len(nodes) < 2 and not any(next(bodies(n), None) for n in nodes):
+                continue
+            subject = Subject(variant.name, model, [variant.feed])
+            cuts: list[Cut] = [Nodes(glob.escape(next(v.name for v in n.outputs if v.name))) for n in nodes]
+            subject.prefetch(cuts)
+        except (OnnxOptError, StopIteration):
+            continue  # the runtime has no kernel for it
+        yield subject, cuts
+
+
+def main() -> int:
+    """Sweep over what is asked for; return 1 when the bar is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "models", ROOT / "models" / "fetched"])
+    parser.add_argument("--only", default="", help="only models whose name contains this")
+    parser.add_argument("--no-backend", action="store_true")
+    args = parser.parse_args()
+    tallies = {
+        name: Tally()
+        for name in ("extract", "onto itself", "other export", "extract (backend)", "onto itself (backend)")
+    }
+    real([p for f in args.folders for p in sorted(f.glob("*.onnx")) if args.only in p.name], tallies)
+    if not args.no_backend:
+        for subject, cuts in backend():
+            _alone(subject, cuts, tallies["extract (backend)"], tallies["onto itself (backend)"])
+    missed = False
+    for name, tally in tallies.items():
+        if tally.total:
+            print(f"{name}: {tally}")
+            missed |= bool(tally.wrong) or tally.certified < BAR * tally.total
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
