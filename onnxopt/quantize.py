@@ -37,7 +37,7 @@ class _Way:
 
 
 _WAYS: dict[str, _Way] = {
-    "static": _Way("quantize-static", ("ranges",)),
+    "static": _Way("quantize-static", ("ranges", "bits")),
     "dynamic": _Way("quantize-dynamic", ("bits",)),
     "weights": _Way("quantize-weights", ("bits", "granularity", "block", "method")),
     "matmul": _Way("quantize-matmul", ("bits", "block", "method")),
@@ -57,7 +57,7 @@ class Scheme:
             matrix products whose activations are scaled as they come. "weights": weights alone, for size. "matmul":
             MatMulNBits, for language models. "float16": half precision on cuda. "fp16-storage": weights in half
             precision, computed as before.
-        bits: Bits of a weight: 8, 4 or 2; with mode "dynamic" 8, or 7 for processors without VNNI.
+        bits: Bits of a weight: 8, 4 or 2; with modes "static" and "dynamic" 8, or 7 for processors without VNNI.
         granularity: A scale per "tensor" or per "channel".
         block: A scale per so many elements along the sum instead.
         ranges: How activation ranges follow from the data: "auto", "minmax", "percentile", "entropy" or "mse".

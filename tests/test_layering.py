@@ -13,7 +13,7 @@ LAYERS = [
     {"contract"},
     {"graph", "registry", "numeric", "proto"},
     {"rewrite", "instantiate", "analysis", "pipeline"},
-    {"coupling", "repair"},
+    {"coupling", "repair", "qdq"},
     {"passes", "session", "runtime"},
     {"model", "external", "opset", "fix_shape", "unite", "inputs", "feeds"},
     {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
@@ -27,7 +27,18 @@ LAYERS = [
     {"__main__", "__init__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
-PASSES_MAY = {"contract", "errors", "graph", "instantiate", "rewrite", "analysis", "numeric", "coupling", "repair"}
+PASSES_MAY = {
+    "contract",
+    "errors",
+    "graph",
+    "instantiate",
+    "rewrite",
+    "analysis",
+    "numeric",
+    "coupling",
+    "repair",
+    "qdq",
+}
 
 
 def modules() -> list[tuple[str, Path]]:

@@ -45,7 +45,7 @@ interrupted.
     "--bits",
     type=click.Choice(["8", "7", "4", "2"]),
     callback=lambda ctx, param, value: value and int(value),
-    help="Bits of a weight (weights, matmul: 8, 4, 2; dynamic: 8, or 7 for processors without VNNI).",
+    help="Bits of a weight (weights, matmul: 8, 4, 2; static, dynamic: 8, or 7 for processors without VNNI).",
 )
 @click.option(
     "--granularity", type=click.Choice(["tensor", "channel"]), help="What shares a scale (weights); --block is finer."

@@ -77,8 +77,8 @@ def value_range(array: Array, axis: int | None = None) -> tuple[Array, Array]:
     return low, high
 
 
-def symmetric(low: Array, high: Array, axis: int | None = None, scale_dtype: Any = None) -> Grid:
-    """Return the int8 grid with zero point 0 whose levels -127 to 127 reach the larger of |low| and |high|.
+def symmetric(low: Array, high: Array, axis: int | None = None, scale_dtype: Any = None, *, levels: int = 127) -> Grid:
+    """Return the int8 grid with zero point 0 whose levels -`levels` to `levels` reach the larger of |low| and |high|.
 
     Args:
         low: Smallest values, finite. Shape () or (size of the axis,).
@@ -86,12 +86,13 @@ def symmetric(low: Array, high: Array, axis: int | None = None, scale_dtype: Any
         axis: What the ranges are for; None for the whole tensor.
         scale_dtype: Type of the scale; that of `low` by default. A scale that is rounded to a narrower type is
             rounded up, so that the range stays within reach.
+        levels: The largest integer.
 
     Returns:
         The grid. Where the range is zero, or too small for its scale to be a normal number, the scale is 1.
     """
     largest = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
-    scale = _scale(largest / 127, scale_dtype or low.dtype)
+    scale = _scale(largest / levels, scale_dtype or low.dtype)
     return Grid(scale, np.zeros(scale.shape, np.int8), axis)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from onnxopt.analysis.weights import weights
 from onnxopt.pipeline import Pipeline
@@ -98,21 +98,22 @@ _KINDS = {
 }
 
 
-def propose(inventory: Inventory, target: Target, *, learning: bool) -> list[Proposal]:
+def propose(inventory: Inventory, target: Target, *, learning: bool, bits: Literal[8, 7] = 8) -> list[Proposal]:
     """Return what to try, what is likely to win first.
 
     Args:
         inventory: What the model contains.
         target: What it is for.
         learning: Whether there is data that passes can learn from.
+        bits: Of weights that integers are multiplied by; 7 where sums of 8-bit products overflow.
     """
     makers = {"cpu": _for_cpu, "cuda": _for_cuda, "portable": _portable}
-    proposals = makers[target](inventory) if inventory.total >= FEWEST_ELEMENTS else ()
+    proposals = makers[target](inventory, bits) if inventory.total >= FEWEST_ELEMENTS else ()
     return [KEEP, *(p for p in proposals if learning or not p.learns)]
 
 
-def _for_cpu(inventory: Inventory) -> Iterator[Proposal]:
-    yield from _integers(inventory)
+def _for_cpu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+    yield from _integers(inventory, bits)
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")
         yield Proposal("4-bit blocks", f"{_BLOCKS},{_REST}")
@@ -121,31 +122,37 @@ def _for_cpu(inventory: Inventory) -> Iterator[Proposal]:
     yield Proposal("16-bit weights", "store-float16")
 
 
-def _integers(inventory: Inventory) -> Iterator[Proposal]:
+def _integers(inventory: Inventory, bits: int) -> Iterator[Proposal]:
     """Yield what computes with 8-bit integers."""
     products = inventory.product + inventory.recurrent >= FEWEST_ELEMENTS
     convolutions = inventory.convolution >= FEWEST_ELEMENTS
+    option = "" if bits == 8 else f"{{bits={bits}}}"
+    static, dynamic = f"quantize-static{option}", f"quantize-dynamic{option}"
     if convolutions:
-        yield Proposal("static int8", f"quantize-static,{_REST}")
+        yield _with("static int8", (static,), bits)
     if products:
-        yield from _dynamic(inventory, "dynamic int8", _REST)
+        yield from _dynamic(inventory, "dynamic int8", (dynamic,), bits)
     if products and convolutions:
-        yield from _dynamic(inventory, "static and dynamic int8", f"quantize-static,{_REST}")
+        yield from _dynamic(inventory, "static and dynamic int8", (dynamic, static), bits)
 
 
-def _dynamic(inventory: Inventory, name: str, rest: str) -> Iterator[Proposal]:
-    yield Proposal(name, f"quantize-dynamic,{rest}")
+def _dynamic(inventory: Inventory, name: str, passes: tuple[str, ...], bits: int) -> Iterator[Proposal]:
+    yield _with(name, passes, bits)
     if inventory.product >= FEWEST_ELEMENTS:
-        yield Proposal(f"smoothed {name}", f"smooth-activations,quantize-dynamic,{rest}")
+        yield _with(f"smoothed {name}", ("smooth-activations", *passes), bits)
 
 
-def _portable(inventory: Inventory) -> Iterator[Proposal]:
-    yield from _integers(inventory)
+def _with(name: str, passes: tuple[str, ...], bits: int) -> Proposal:
+    return Proposal(name if bits == 8 else f"{name}, {bits}-bit weights", ",".join((*passes, _REST)))
+
+
+def _portable(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+    yield from _integers(inventory, bits)
     yield Proposal("8-bit weights", _REST)
     yield Proposal("16-bit weights", "store-float16")
 
 
-def _for_cuda(inventory: Inventory) -> Iterator[Proposal]:
+def _for_cuda(inventory: Inventory, bits: int) -> Iterator[Proposal]:
     yield Proposal("float16", "convert-float16")
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")

@@ -166,6 +166,8 @@ def needed_samples(metric: MetricResult, max_drop: float) -> int | None:
         return None
     factor = reach / room
     wanted = metric.samples * (factor if metric.drop == 0 and metric.name == "top1" else factor**2)
+    if not math.isfinite(wanted):
+        return None
     digits = max(0, math.floor(math.log10(max(wanted, 1))) - 1)
     return int(math.ceil(wanted / 10**digits) * 10**digits)
 

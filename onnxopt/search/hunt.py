@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from onnxopt import manager
 from onnxopt.metrics import Evaluator
 from onnxopt.report.environment import environment
 from onnxopt.search import lab, state
+from onnxopt.search.arithmetic import overflows_here
 from onnxopt.search.candidates import Proposal, propose, take_inventory
 from onnxopt.search.decision import Limits, Speed
 from onnxopt.search.progress import Labelled
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
     """Return what is worth trying on a model."""
     learning = settings.data is not None or settings.force_calibration
-    return propose(take_inventory(model), settings.target, learning=learning)
+    bits: Literal[8, 7] = 7 if settings.target != "cuda" and overflows_here() else 8
+    return propose(take_inventory(model), settings.target, learning=learning, bits=bits)
 
 
 def any_learns(found: Sequence[Proposal]) -> bool:

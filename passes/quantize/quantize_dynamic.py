@@ -250,8 +250,7 @@ class _Store:
 
 def _grid(low: np.ndarray, high: np.ndarray, axis: int, levels: int) -> grids.Grid:
     """Return the grid of int8 in which the largest magnitude of a channel is this level."""
-    widened = np.float32(127 / levels)
-    return grids.symmetric(low * widened, high * widened, axis)
+    return grids.symmetric(low, high, axis, levels=levels)
 
 
 def _stored_bytes(item: Product) -> int:

@@ -22,10 +22,8 @@ from onnxopt.analysis.int8 import (
     between,
     is_global_average,
     layer,
-    leaves_float_weight,
     worthwhile,
 )
-from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Observer, Refusal, Site
 from onnxopt.errors import UsageError
 from onnxopt.graph import (
@@ -48,10 +46,12 @@ from onnxopt.numeric import grids
 from onnxopt.numeric.grids import Array, Grid
 from onnxopt.numeric.histogram import Histogram, value_range
 from onnxopt.numeric.means import ChannelMeans, mean_response
+from onnxopt.qdq import Pairs
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
-PER_CHANNEL = 13
-"""From this opset on, DequantizeLinear takes a scale per channel."""
+LEVELS = {8: 127, 7: 64}
+"""The largest integer of a weight for a number of bits. Pairs of products 255 * 64 still fit into the 16 bits in which
+processors without VNNI add them up."""
 CLIP_BY_INPUTS = 11
 """From this opset on, Clip takes its bounds as inputs."""
 MAX_BIAS = 2.0**30
@@ -64,14 +64,14 @@ class QuantizeStatic(GraphPass):
 
     The model keeps its operators; QuantizeLinear and DequantizeLinear stand around them, which ONNX Runtime merges
     into 8-bit kernels on the CPU. Activations become uint8 with a zero point, weights int8, with a scale per output
-    channel from opset 13 on, biases int32. Where a layer's output passes through pooling, layout nodes, Add, Mul,
-    Concat, Sigmoid or LeakyRelu on its way to another layer, these are computed with integers too. Concat and what
-    hands elements on have one grid on both sides, so that it is a copy. AveragePool becomes a depthwise convolution
-    where it can, and FusedConv is taken apart, because neither has a fast 8-bit kernel.
+    channel for the target "cpu" or from opset 13 on, biases int32, which for "cpu" the runtime makes itself. Where a
+    layer's output passes through pooling, layout nodes, Add, Mul, Concat, Sigmoid or LeakyRelu on its way to another
+    layer, these are computed with integers too. Concat and what hands elements on have one grid on both sides, so that
+    it is a copy. AveragePool becomes a depthwise convolution where it can, and FusedConv is taken apart, because
+    neither has a fast 8-bit kernel.
 
     Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in
-    floating point. Processors without VNNI instructions may saturate sums of two products; the search notices by the
-    accuracy.
+    floating point.
 
     Attributes:
         ranges: Which part of the values seen on the calibration data the levels reach. "minmax": all of it.
@@ -80,6 +80,8 @@ class QuantizeStatic(GraphPass):
         correct_bias: Make up, in the bias, for what rounding the weights adds to the mean of each output channel on
             the calibration data. On PP-OCR's text reader with 16 images it lowered the characters that are wrong
             because of the 8 bits from 3.9 in a hundred to 0.5.
+        bits: Of the weights' integers. 8 is for processors with VNNI, or another way to add up products in 32 bits.
+            x86-64 processors without it add pairs of products in 16 bits, which may overflow; 7 rules that out.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -88,6 +90,7 @@ class QuantizeStatic(GraphPass):
 
     ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     correct_bias: bool = True
+    bits: Literal[8, 7] = 8
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -97,6 +100,8 @@ class QuantizeStatic(GraphPass):
         """
         if self.ranges not in METHODS:
             raise UsageError(f'quantize-static: ranges is "{self.ranges}"; use {", ".join(METHODS)}.')
+        if self.bits not in LEVELS:
+            raise UsageError(f"quantize-static: bits is {self.bits}; use 8 or 7.")
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why no layer can be computed with integers, or None."""
@@ -132,13 +137,13 @@ class QuantizeStatic(GraphPass):
         if self.correct_bias:
             seen.watch_means(layers)
         ctx.calibration.observe(model, seen.observers)
-        graph = _Graph(main, names, seen, ctx.shapes)
+        graph = _Graph(main, names, seen, ctx, LEVELS[self.bits])
         for item in layers:
             yield self._layer(item, graph)
-        chosen = worthwhile(others, graph.is_integer)
+        chosen = worthwhile(others, graph.pairs.is_rounded)
         for other in reversed(chosen):
             # Nodes are seen after those that use them: one that was left out takes those that fed only it along.
-            if any(graph.is_integer(v) for v in other.results):
+            if any(graph.pairs.is_rounded(v) for v in other.results):
                 yield self._between(other, graph)
         for node in main.graph:
             if is_op(node, "AveragePool") and graph.surrounds(node):
@@ -156,8 +161,8 @@ class QuantizeStatic(GraphPass):
         tensor = constant_tensor(item.weight)
         assert tensor is not None, "layers have constant weights"
         sizes = ",".join(str(size) for size in tensor.shape)
-        granularity = "channel" if graph.per_channel else "tensor"
-        low, high = graph.range(item.source)
+        granularity = "channel" if graph.pairs.per_channel else "tensor"
+        low, high = graph.pairs.range(item.source)
         summary = f"{item.node.op_type} with [{sizes}] weights in int8 per {granularity}, input {low:.4g} to {high:.4g}"
         return Edit(site, summary, functools.partial(graph.quantize_layer, item))
 
@@ -244,31 +249,14 @@ class _Seen:
 
 
 class _Graph:
-    """The main graph with the pairs of QuantizeLinear and DequantizeLinear that were put in."""
+    """The main graph with what was done to its layers and what lies between them."""
 
-    def __init__(self, scope: Scope, names: Names, seen: _Seen, shapes: Shapes) -> None:
-        self._scope = scope
+    def __init__(self, scope: Scope, names: Names, seen: _Seen, ctx: Context, levels: int) -> None:
         self._names = names
         self._seen = seen
-        self._shapes = shapes
-        self._pairs: dict[ir.Value, ir.Value] = {}
-        self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
-        self._weights: dict[tuple[ir.Value, int, bytes, bool], ir.Value] = {}
-
-    @property
-    def per_channel(self) -> bool:
-        """Whether weights may have a scale per channel."""
-        return self._scope.opset >= PER_CHANNEL
-
-    def is_integer(self, value: ir.Value) -> bool:
-        """Whether the value is rounded to 8 bits."""
-        return value in self._pairs
-
-    def range(self, value: ir.Value) -> tuple[float, float]:
-        """Return the real numbers that the lowest and the highest level of a value stand for."""
-        grid = self._seen.grid(value)
-        low, high = ((level - int(grid.zero_point)) * float(grid.scale) for level in (0, 255))
-        return low, high
+        self._shapes = ctx.shapes
+        self._levels = levels
+        self.pairs = Pairs(scope, names, ctx.target, seen.grid, seen.ties.of)
 
     def reason(self, value: ir.Value) -> str | None:
         """Return why a value has no grid, or None."""
@@ -289,23 +277,24 @@ class _Graph:
         """Give a layer integers to compute with."""
         node, weight = item.node, constant_array(item.weight)
         assert weight is not None, "layers have constant weights"
-        source = self._pair(item.source)
-        axis = item.channel_axis if self.per_channel else None
-        grid = grids.symmetric(*grids.value_range(weight, axis), axis)
+        source = self.pairs.round(item.source)
+        axis = item.channel_axis if self.pairs.per_channel else None
+        grid = grids.symmetric(*grids.value_range(weight, axis), axis, levels=self._levels)
         step = self._seen.grid(item.source).scale
         bias = self._wanted_bias(item, weight, grid)
+        convolution = node.op_type == "Conv"
         if bias is not None:
             grid = _reaching(grid, bias, step)
             base = item.bias if item.bias is not None else item.weight
-            restored = self._bias(base, bias, np.asarray(step * grid.scale, np.float32))
+            scale = np.asarray(step * grid.scale, np.float32)
             node.resize_inputs(3)
-            node.replace_input_with(2, restored)
+            node.replace_input_with(2, self.pairs.bias(base, bias, scale, of_convolution=convolution))
         node.replace_input_with(0, source)
-        node.replace_input_with(1, self._weight(item.weight, weight, grid, plain=node.op_type == "Conv"))
+        node.replace_input_with(1, self.pairs.weight(item.weight, weight, grid, plain=convolution))
         drop_unused_constants([item.weight, item.bias])
         # The kernel of Conv makes integers; that of Gemm can make floating-point numbers.
-        if node.op_type == "Conv":
-            self._pair(item.result)
+        if convolution:
+            self.pairs.round(item.result)
 
     def _wanted_bias(self, item: Layer, weight: Array, grid: Grid) -> Array | None:
         """Return the bias of a layer whose weight is rounded to a grid, one float64 per channel, or None for none."""
@@ -322,9 +311,9 @@ class _Graph:
     def quantize_between(self, item: Between) -> None:
         """Give a node between layers integers to compute with."""
         for index, value in item.sources:
-            item.node.replace_input_with(index, self._pair(value))
+            item.node.replace_input_with(index, self.pairs.round(value))
         for value in item.results:
-            self._pair(value)
+            self.pairs.round(value)
         if is_global_average(item.node, self._shapes):
             self._replace(item.node, "GlobalAveragePool", [item.node.inputs[0]], {})
         elif (channels := averaged_channels(item.node, self._shapes)) is not None:
@@ -333,10 +322,10 @@ class _Graph:
     def _convolve(self, node: ir.Node, channels: int) -> None:
         """Write an AveragePool as a depthwise convolution, which has a faster 8-bit kernel."""
         size = attribute(node, "kernel_shape")
-        integers = np.full((channels, 1, *size), 127, np.int8)
-        scale = np.asarray(1 / (127 * math.prod(size)), np.float32)
+        integers = np.full((channels, 1, *size), self._levels, np.int8)
+        scale = np.asarray(1 / (self._levels * math.prod(size)), np.float32)
         (output,) = node.outputs
-        weight = self._restored(output, integers, scale, None, None)
+        weight = self.pairs.restored(output, integers, scale, None, None)
         kept = {name: attribute(node, name) for name in ("strides", "pads", "auto_pad") if name in node.attributes}
         attributes = {"kernel_shape": size, "group": channels, **kept}
         self._replace(node, "Conv", [node.inputs[0], weight], attributes)
@@ -354,8 +343,10 @@ class _Graph:
 
     def surrounds(self, node: ir.Node) -> bool:
         """Whether what a node reads and what it computes is rounded to 8 bits."""
-        made = {id(v) for v in self._pairs.values()}
-        return id(node.inputs[0]) in made and self.is_integer(activated(node.outputs[0]))
+        source = node.inputs[0]
+        return (
+            source is not None and self.pairs.is_restored(source) and self.pairs.is_rounded(activated(node.outputs[0]))
+        )
 
     def keep_float(self, node: ir.Node) -> None:
         """Keep ONNX Runtime from computing a node with integers: it does not look through Max, nor take it out."""
@@ -364,92 +355,6 @@ class _Graph:
         copy = make_node(self._names, "Max", [source], like=source)
         insert_before(node, copy)
         node.replace_input_with(0, copy.outputs[0])
-
-    def _pair(self, value: ir.Value) -> ir.Value:
-        """Return a value rounded to its grid, in floating point; everything that uses the value then uses that."""
-        known = self._pairs.get(value)
-        if known is not None:
-            return known
-        if constant_tensor(value) is not None:
-            return self._constant(value)
-        scale, zero_point = self._parameter(value)
-        rounded = make_node(self._names, "QuantizeLinear", [value, scale, zero_point], like=value)
-        restored = make_node(self._names, "DequantizeLinear", [rounded.outputs[0], scale, zero_point], like=value)
-        nodes = [rounded, restored]
-        if leaves_float_weight(value):
-            # ONNX Runtime does not look through it, nor take it out.
-            nodes.insert(0, make_node(self._names, "Max", [value], like=value))
-        producer = value.producer()
-        if producer is None:
-            self._scope.graph.insert_before(self._first, nodes)
-        else:
-            self._scope.graph.insert_after(producer, nodes)
-        replace_value(value, restored.outputs[0])
-        for node in nodes:
-            _drop_annotations(node.outputs[0])
-        nodes[0].replace_input_with(0, value)
-        if len(nodes) > 2:
-            rounded.replace_input_with(0, nodes[0].outputs[0])
-        self._pairs[value] = restored.outputs[0]
-        return restored.outputs[0]
-
-    @property
-    def _first(self) -> ir.Node:
-        return next(iter(self._scope.graph))
-
-    def _parameter(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """Return the scale and the zero point of a value as constants."""
-        key = self._seen.ties.of(value)
-        if key not in self._parameters:
-            grid = self._seen.grid(value)
-            self._parameters[key] = (
-                self._add(f"{value.name}_scale", grid.scale),
-                self._add(f"{value.name}_zero_point", grid.zero_point),
-            )
-        return self._parameters[key]
-
-    def _constant(self, value: ir.Value) -> ir.Value:
-        array, grid = constant_array(value), self._seen.grid(value)
-        assert array is not None, "only constants come here"
-        made = self._restored(value, grids.quantize(array, grid), grid.scale, grid.zero_point, None)
-        self._pairs[value] = made
-        return made
-
-    def _weight(self, value: ir.Value, weight: Array, grid: Grid, *, plain: bool) -> ir.Value:
-        """Return a weight's integers, restored; layers with the same weight share them."""
-        key = (value, -1 if grid.axis is None else grid.axis, grid.scale.tobytes(), plain)
-        if key not in self._weights:
-            integers = grids.quantize(weight, grid)
-            # Left out it is 0; the rule that makes a kernel of Gemm wants it all the same.
-            zero_point = None if plain else grid.zero_point
-            self._weights[key] = self._restored(value, integers, grid.scale, zero_point, grid.axis)
-        return self._weights[key]
-
-    def _bias(self, value: ir.Value, bias: Array, scale: Array) -> ir.Value:
-        integers = np.rint(bias / scale).astype(np.int32)
-        return self._restored(value, integers, scale, None, 0 if scale.ndim else None)
-
-    def _restored(
-        self, value: ir.Value, integers: Array, scale: Array, zero_point: Array | None, axis: int | None
-    ) -> ir.Value:
-        inputs: list[ir.Value | None] = [self._add(f"{value.name}_{integers.dtype}", integers)]
-        inputs.append(self._add(f"{value.name}_scale", scale))
-        if zero_point is not None:
-            inputs.append(self._add(f"{value.name}_zero_point", zero_point))
-        attributes = {} if axis is None else {"axis": axis}
-        node = make_node(self._names, "DequantizeLinear", inputs, attributes, like=value)
-        _drop_annotations(node.outputs[0])
-        insert_before(self._first, node)
-        return node.outputs[0]
-
-    def _add(self, name: str, array: Array) -> ir.Value:
-        return add_constant(self._scope, self._names, name, array, self._first)
-
-
-def _drop_annotations(value: ir.Value) -> None:
-    """Do without the type and shape of an inner value, which follow from its node: files grow by 2% with them."""
-    if not value.is_graph_output():
-        value.type = value.shape = None
 
 
 def _reaching(grid: Grid, bias: Array, step: Array) -> Grid:

@@ -38,8 +38,12 @@ def declare(text, arrays, opset=17):
 
 
 def apply(model, target="cpu", deny=(), **options):
-    """Apply the edits but those denied; return the summaries and the reasons of refusals by output."""
+    """Apply the edits but those denied; return the summaries and the reasons of refusals by output.
+
+    Weights have 7 bits, so that results are the same on processors that add up products in 16 bits.
+    """
     edits, refusals = {}, {}
+    options = {"bits": 7, **options}
     ctx = Context(target=target, seed=0, evaluate=lambda node, inputs, opset: None, shapes=Shapes(model))
     assert QuantizeDynamic(**options).skip_reason(model, ctx) is None
     for found in QuantizeDynamic(**options).run(model, ctx):
@@ -171,7 +175,7 @@ def test_seven_bits_cannot_overflow_sixteen():
 
 def test_eight_bits_use_the_whole_range_of_each_channel():
     model = case("MatMul")
-    apply(model)
+    apply(model, bits=8)
     integers = model.graph.initializers["w/int8"].const_value.numpy()
     assert (np.abs(integers.astype(int)).max(axis=0) == 127).all()
 
@@ -234,7 +238,7 @@ def test_lstm(direction):
     assert ops(model) == {"DynamicQuantizeLSTM": 1}
     feed = {"x": random(6, 3, K), "lengths": np.int32([6, 2, 4])}
     for got, expected in zip(run(model, **feed), run(original, **feed), strict=True):
-        assert 0 < relative_error(got, expected) < 0.02
+        assert 0 < relative_error(got, expected) < 0.05
     assert [v.name for v in model.graph.outputs] == ["y", "c"]
     assert stored(model) < 0.32 * stored(original)
 
@@ -407,7 +411,7 @@ def test_activations_of_no_range_crash_nothing(content, target):
     x = np.full((4, K), fill, np.float32)
     got = run(model, x=x)[0]
     if content in ("zero", "constant"):
-        np.testing.assert_allclose(got, run(case("MatMul and Add"), x=x)[0], rtol=0.02, atol=0.7)
+        np.testing.assert_allclose(got, run(case("MatMul and Add"), x=x)[0], rtol=0.02, atol=1.4)
 
 
 def test_a_channel_of_zeros_stays_zero():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 
 import onnxopt
 from onnxopt.contract import TARGETS, Target
 from onnxopt.registry import entries
+from onnxopt.search.arithmetic import overflows
 from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
 
 CNN = Path(__file__).parents[2] / "models" / "mnist_cnn_bn.onnx"
@@ -82,3 +85,28 @@ def test_every_pass_that_is_proposed_exists(target: Target) -> None:
     for proposal in propose(ALL, target, learning=True):
         assert set(proposal.names) <= entries().keys()
         assert proposal.pipeline is not None
+
+
+def test_weights_have_seven_bits_where_sums_of_products_overflow() -> None:
+    found = propose(ALL, "cpu", learning=True, bits=7)
+    assert Proposal("static int8, 7-bit weights", "quantize-static{bits=7},quantize-weights") in found
+    assert len(found) == len(propose(ALL, "cpu", learning=True))
+    for proposal in found:
+        bits = {
+            getattr(p, "bits", 8) for p in proposal.pipeline.passes if p.name in ("quantize-static", "quantize-dynamic")
+        }
+        assert bits <= {7}
+    assert propose(ALL, "cuda", learning=True, bits=7) == propose(ALL, "cuda", learning=True)
+
+
+@pytest.mark.parametrize(("scale", "expected"), [(1.0, False), (0.5, True)])
+def test_overflow_shows_in_a_product(scale: float, expected: bool) -> None:
+    def evaluate(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -> list[np.ndarray]:
+        a, b = (np.asarray(x, np.int32) for x in inputs)
+        return [(a @ b * scale).astype(np.int32)]
+
+    assert overflows(evaluate) is expected
+
+
+def test_without_the_operator_nothing_overflows() -> None:
+    assert not overflows(lambda node, inputs, opset: None)

@@ -90,6 +90,7 @@ def test_needed_samples() -> None:
     assert needed_samples(metric(0.002, 0.008, 100), 0.005) == 400
     assert needed_samples(metric(0.005, 0.008, 100), 0.005) is None
     assert needed_samples(metric(0.0, math.inf, 1), 0.005) is None
+    assert needed_samples(metric(0.0, 0.06, 100), 1e-308) is None
 
 
 def test_a_budget_of_error_counts_every_sample_and_inf_is_no_limit() -> None:
