@@ -104,7 +104,6 @@ def test_a_slower_result_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> No
     [
         ({"mode": "statc"}, 'no mode "statc". Did you mean "static"'),
         ({"mode": "float16", "bits": 4}, "bits is for mode static, dynamic, weights or matmul; leave it out with mode"),
-        ({"mode": "static", "bits": 4}, "quantize-static: bits is 4; use 8 or 7"),
         ({"mode": "weights", "ranges": "mse"}, "ranges is for mode static"),
         ({"mode": "float16", "granularity": "channel"}, "granularity is for mode weights"),
         ({"mode": "matmul", "smooth": True}, "smooth is for mode dynamic"),

@@ -17,6 +17,9 @@ NEGLIGIBLE = 0.1
 SAME_SIZE = 0.01
 """Sizes that differ by less than this part count as equal."""
 
+BEYOND_REACH = 1e4
+"""Nobody has so many times as many samples."""
+
 Fit = Literal["within", "over", "unproven"]
 
 
@@ -165,9 +168,9 @@ def needed_samples(metric: MetricResult, max_drop: float) -> int | None:
     if room <= 0 or not math.isfinite(reach):
         return None
     factor = reach / room
-    wanted = metric.samples * (factor if metric.drop == 0 and metric.name == "top1" else factor**2)
-    if not math.isfinite(wanted):
+    if factor > BEYOND_REACH:
         return None
+    wanted = metric.samples * (factor if metric.drop == 0 and metric.name == "top1" else factor**2)
     digits = max(0, math.floor(math.log10(max(wanted, 1))) - 1)
     return int(math.ceil(wanted / 10**digits) * 10**digits)
 
