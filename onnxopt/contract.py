@@ -138,13 +138,16 @@ class JointObserver(Protocol):
 class ObserveBoth(Protocol):
     """Runs two models in step on the calibration data and shows the values of both to observers."""
 
-    def __call__(self, reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver]) -> None:
+    def __call__(
+        self, reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver], most: int | None = None
+    ) -> None:
         """Run every calibration sample once through each model.
 
         Args:
             reference: For example the model as it was before a change; it is not changed.
             changed: For example the model as it is now; it is not changed.
             observers: Who looks at which values of the main graphs (inputs or nodes' outputs).
+            most: The first so many samples are enough; None for all.
 
         Raises:
             ValueError: If a main graph computes no value of a name.

@@ -258,6 +258,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Remove whole channels, heads, neurons and hidden units, with everything that depends on them.",
         ),
         _entry(
+            "prune-layers",
+            "prune.layers:PruneLayers",
+            "Leave out the residual blocks that matter least, and fit what is left.",
+        ),
+        _entry(
             "prune-weights",
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",

@@ -5,7 +5,8 @@ Memory is that of the model, of one run, and of the observers: it does not grow 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -42,8 +43,11 @@ def calibration(
     def run(model: ir.Model, observers: Mapping[str, Sequence[Observer]]) -> None:
         observe(model, observers, data, options, progress)
 
-    def run_both(reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver]) -> None:
-        observe_both(reference, changed, observers, data, options, progress)
+    def run_both(
+        reference: ir.Model, changed: ir.Model, observers: Sequence[JointObserver], most: int | None = None
+    ) -> None:
+        count = len(data) if most is None else min(most, len(data))
+        observe_both(reference, changed, observers, itertools.islice(data, count), count, options, progress)
 
     return Calibration(run, run_both, len(data), real)
 
@@ -87,7 +91,8 @@ def observe_both(
     reference: ir.Model,
     changed: ir.Model,
     observers: Sequence[JointObserver],
-    data: Data | Sequence[Feed],
+    data: Iterable[Feed],
+    count: int,
     options: RunOptions,
     progress: Progress,
 ) -> None:
@@ -100,6 +105,7 @@ def observe_both(
         changed: Likewise.
         observers: Who looks at which values.
         data: The samples, run one at a time.
+        count: How many there are.
         options: How to run the models; the runtime's optimizations are on.
         progress: Told which sample is being run.
 
@@ -111,7 +117,7 @@ def observe_both(
         return
     first = _Watched(reference, [name for o in observers for name in o.reference], options)
     second = _Watched(changed, [name for o in observers for name in o.changed], options)
-    progress.stage(f"observing {len(first.names) + len(second.names)} values of two models", total=len(data))
+    progress.stage(f"observing {len(first.names) + len(second.names)} values of two models", total=count)
     with first as before, second as after:
         for feed in data:
             left, right = before.values(feed), after.values(feed)

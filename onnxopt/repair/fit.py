@@ -121,6 +121,8 @@ def _portions(model: ir.Model, found: Sequence[tuple[Layer, Target]]) -> Iterato
         item = waiting.get(node)
         if item is not None:
             size = _size(item[0])
+            # What makes a sum right must see the other parts of it as they will be.
+            late = late or item[1].through is not None
             if portion and (late or size > room):
                 yield portion
                 portion, behind, room = [], set(), MOMENT_BYTES
