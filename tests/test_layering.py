@@ -19,7 +19,7 @@ LAYERS = [
     {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
     {"manager"},
     {"judge", "report", "preview"},
-    {"slowness", "ground", "graft"},
+    {"slowness", "ground", "graft", "training"},
     {"search"},
     {"optimize"},
     {"quantize", "merge_trunk"},

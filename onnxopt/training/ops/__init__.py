@@ -1,0 +1,1 @@
+"""ONNX operators in torch, one file per theme; each file ends with its table."""
