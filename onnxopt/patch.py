@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +32,9 @@ KEY = "onnxopt.patch"
 FORMAT = 1
 WORTH_BYTES = 1 << 10
 """Smaller tensors are written as they are."""
+
+LINES = 16
+"""Lines along an axis whose elements are looked up, at most."""
 
 Array = npt.NDArray[Any]
 Place = tuple[str, str]
@@ -234,8 +237,8 @@ class _Finder:
 def cut(whole: Array, part: Array) -> tuple[tuple[int, ...] | None, ...] | None:
     """Return which indexes of each axis of an array make another one; None when that cannot be told.
 
-    The first line of the part along each axis is looked up by its values, so they must occur once in the whole, as
-    weights do; what is found is then compared element by element.
+    Elements of the part are looked up by their values, so some along each axis must occur once in the whole, as weights
+    do; what is found is then compared element by element.
 
     Args:
         whole: The array that was cut.
@@ -246,27 +249,38 @@ def cut(whole: Array, part: Array) -> tuple[tuple[int, ...] | None, ...] | None:
     """
     if whole.ndim != part.ndim or not part.size or whole.dtype.kind not in "fiu":
         return None
-    kept: list[Sequence[int]] = []
-    flat = whole.reshape(-1)
-    for axis in range(part.ndim):
-        line = part[tuple(slice(None) if a == axis else 0 for a in range(part.ndim))]
-        found = _places(flat, line)
-        if found is None:
-            return None
-        kept.append([int(i) for i in np.unravel_index(found, whole.shape)[axis]])
-    if not np.array_equal(whole[np.ix_(*kept)], part):
+    kept = [_indexes(whole, part, axis) for axis in range(part.ndim)]
+    if any((k < 0).any() for k in kept) or not np.array_equal(whole[np.ix_(*kept)], part):
         return None
-    return tuple(None if list(k) == list(range(size)) else tuple(k) for k, size in zip(kept, whole.shape, strict=True))
+    return tuple(
+        None if np.array_equal(k, np.arange(size)) else tuple(map(int, k))
+        for k, size in zip(kept, whole.shape, strict=True)
+    )
 
 
-def _places(flat: Array, wanted: Array) -> Array | None:
-    """Return where each wanted value is in a flat array; None unless each is there exactly once."""
+def _indexes(whole: Array, part: Array, axis: int) -> npt.NDArray[np.int64]:
+    """Return where each index of an axis of the part comes from, -1 where that is not found."""
+    lines = np.moveaxis(part, axis, -1).reshape(-1, part.shape[axis])
+    found = np.full(part.shape[axis], -1, np.int64)
+    for line in lines[np.linspace(0, len(lines) - 1, min(len(lines), LINES)).astype(int)]:
+        missing = np.flatnonzero(found < 0)
+        if not len(missing):
+            break
+        places = _places(whole.reshape(-1), line[missing])
+        at = np.unravel_index(np.maximum(places, 0), whole.shape)[axis]
+        found[missing] = np.where(places < 0, -1, at)
+    return found
+
+
+def _places(flat: Array, wanted: Array) -> npt.NDArray[np.int64]:
+    """Return where each wanted value is in a flat array, -1 for what is not there exactly once."""
     needles, back = np.unique(wanted, return_inverse=True)
     at = np.minimum(np.searchsorted(needles, flat), len(needles) - 1)
     hits = np.flatnonzero(needles[at] == flat)
-    if len(hits) != len(needles) or len(np.unique(at[hits])) != len(needles):
-        return None
-    return hits[np.argsort(at[hits])][back]
+    counts = np.bincount(at[hits], minlength=len(needles))
+    places = np.full(len(needles), -1, np.int64)
+    places[at[hits]] = hits
+    return np.where(counts == 1, places, -1)[back]
 
 
 def digest(tensor: ir.TensorProtocol) -> str:

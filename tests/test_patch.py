@@ -189,3 +189,9 @@ def test_weights_that_were_stored_as_fields_come_out_as_the_result_has_them(tmp_
         (tensor,) = onnx.load(tmp_path / "again.onnx").graph.initializer
         np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), array)
         assert len(tensor.float_data) == fields
+
+
+def test_values_that_occur_twice_do_not_hide_a_cut() -> None:
+    whole = np.random.default_rng(0).integers(0, 9000, (60, 70)).astype(np.float32)
+    rows, columns = np.arange(0, 60, 3), np.arange(1, 70, 2)
+    assert cut(whole, whole[np.ix_(rows, columns)]) == (tuple(rows), tuple(columns))
