@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
     from onnxopt.errors import OnnxOptError
     from onnxopt.graft import extract, graft
+    from onnxopt.head import HeadResult, head
     from onnxopt.measure import measure
     from onnxopt.merge_trunk import merge_trunk
     from onnxopt.model import load, save
@@ -34,6 +35,7 @@ _HOMES = {
     "Edit": "onnxopt.contract",
     "GraphPass": "onnxopt.contract",
     "Guarantee": "onnxopt.contract",
+    "HeadResult": "onnxopt.head",
     "OnnxOptError": "onnxopt.errors",
     "Pipeline": "onnxopt.pipeline",
     "Refusal": "onnxopt.contract",
@@ -42,6 +44,7 @@ _HOMES = {
     "Site": "onnxopt.contract",
     "extract": "onnxopt.graft",
     "graft": "onnxopt.graft",
+    "head": "onnxopt.head",
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
     "merge_trunk": "onnxopt.merge_trunk",
@@ -56,6 +59,7 @@ __all__ = [
     "Edit",
     "GraphPass",
     "Guarantee",
+    "HeadResult",
     "OnnxOptError",
     "Pipeline",
     "Refusal",
@@ -64,6 +68,7 @@ __all__ = [
     "Site",
     "extract",
     "graft",
+    "head",
     "load",
     "measure",
     "merge_trunk",

@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "onnxopt.cli.merge_trunk",
         "Merge models that share their first layers into one with several heads.",
     ),
+    "head": ("onnxopt.cli.head", "Give a classifier a new head for other classes, from labelled samples."),
     "inspect": ("onnxopt.cli.inspect", "Show what a model consists of and what the passes would do."),
     "verify": ("onnxopt.cli.verify", "Compare the outputs of two models."),
     "extract": ("onnxopt.cli.extract", "Cut a part out of a model, and prove that it computes the same alone."),

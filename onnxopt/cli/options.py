@@ -233,6 +233,38 @@ def running_options(function: F) -> F:
     )
 
 
+def labelled_data_option(function: F) -> F:
+    """Add the options that say what labelled samples there are, and how a model is run on them."""
+    return _decorated(
+        function,
+        click.option(
+            "--data",
+            metavar="FILE|DIR|MODULE:FUNCTION",
+            required=True,
+            help='Labelled samples: an .npz with one array per input and "labels", samples along the first axis; or '
+            "inputs in another form, with --labels.",
+        ),
+        click.option("--provider", type=Choice("NAME", _names(*PROVIDERS)), help="Execution provider to run on."),
+        click.option("--allow-fallback", is_flag=True, help="Accept that the runtime runs nodes on another provider."),
+        threads_option(),
+        click.option(
+            "--custom-ops",
+            metavar="LIB",
+            multiple=True,
+            type=click.Path(),
+            help="Library with custom operators to load into ONNX Runtime; may be repeated.",
+        ),
+        click.option(
+            "--seed",
+            metavar="N",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Seeds folds and draws of samples.",
+        ),
+    )
+
+
 def force_calibration_option() -> Callable[[F], F]:
     """Add `--force-calibration`."""
     return click.option(

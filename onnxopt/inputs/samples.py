@@ -97,13 +97,14 @@ class Data:
         )
 
 
-def load_data(source: str | os.PathLike[str], model: ir.Model) -> Data:
+def load_data(source: str | os.PathLike[str], model: ir.Model, *, ignore: Collection[str] = ()) -> Data:
     """Open the user's inputs and check that they fit the model.
 
     Args:
         source: An .npz, a folder of .npz, or "module:function" where the function yields one dict per sample. The
             module is looked for in the current folder too.
         model: The model they are for.
+        ignore: Keys of an .npz that are no inputs, such as labels.
 
     Raises:
         DataError: If there is nothing there, or it does not fit. The message names file, key and what is expected.
@@ -115,9 +116,9 @@ def load_data(source: str | os.PathLike[str], model: ir.Model) -> Data:
         files = sorted((f for f in path.iterdir() if f.suffix == ".npz"), key=lambda f: _natural(f.name))
         if not files:
             raise DataError(f"The folder {path} holds no .npz files.")
-        return _joined(str(path), [_open_archive(f, slots) for f in files])
+        return _joined(str(path), [_open_archive(f, slots, ignore) for f in files])
     if path.is_file():
-        return _joined(str(path), [_open_archive(path, slots)])
+        return _joined(str(path), [_open_archive(path, slots, ignore)])
     if _FUNCTION.fullmatch(text):
         return _from_function(text, slots)
     raise DataError(
@@ -264,13 +265,13 @@ class _Column:
     samples: int | None
 
 
-def _open_archive(path: Path, slots: Mapping[str, _Slot]) -> Data:
+def _open_archive(path: Path, slots: Mapping[str, _Slot], ignore: Collection[str]) -> Data:
     """Open an .npz of any of the forms.
 
     Raises:
         DataError: If it is damaged or does not fit the model.
     """
-    members = _members(path)
+    members = {key: member for key, member in _members(path).items() if key not in ignore}
     if not members:
         raise DataError(f"{path} holds no arrays.")
     groups: dict[int, dict[str, _Member]] = {}

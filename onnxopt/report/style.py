@@ -64,6 +64,9 @@ svg text { fill: var(--dim); font-size: 11px; }
 .limit { stroke: var(--ink); stroke-width: 1.5; }
 .pareto { width: 100%; height: auto; margin: 4px 0 14px; }
 .front { fill: none; stroke: var(--good); stroke-width: 1.5; stroke-dasharray: 4 3; }
+.curve { fill: none; stroke-width: 2; }
+g.better { stroke: var(--good); } g.worse { stroke: var(--bad); }
+g.same { stroke: var(--same); } g.stage { stroke: var(--stage); }
 .disc { fill-opacity: .75; stroke: var(--card); stroke-width: 1; }
 .stage { fill: var(--stage); }
 rect.pass-kept { fill: var(--good); } rect.pass-dropped { fill: var(--bad); }

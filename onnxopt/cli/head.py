@@ -1,0 +1,115 @@
+"""`onnxopt head`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxopt.cli import files, options, written
+from onnxopt.cli.output import show
+from onnxopt.cli.progress import drawing
+
+if TYPE_CHECKING:
+    from onnxopt.report.head import HeadReport
+
+_EPILOG = """
+\b
+Examples:
+  onnxopt head digits.onnx --classes 5 --data letters.npz -o letters.onnx
+  onnxopt head model.onnx --data images.npz --labels kinds.npy --test more.npz -o kinds.onnx --report kinds.html
+  onnxopt head minilm.onnx --data sentences.npz --method ridge -o topics.onnx
+
+The features are what the last linear layer takes, computed by the runtime; a model without one gets a head
+appended, with the mean over tokens or positions where there are several. Nothing before the head changes. What the
+classes are called stands in the metadata of the new model, as onnxopt.classes.
+
+Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, unreadable input or unwritable output;
+130 interrupted.
+"""
+
+
+@click.command("head", epilog=_EPILOG)
+@options.model_argument()
+@options.output_options
+@click.option(
+    "--classes", metavar="K", type=click.IntRange(min=2), help="Number of classes; the labels must hold them."
+)
+@click.option(
+    "--labels", metavar="FILE", type=click.Path(), help='The classes of --data, an .npy; by default its key "labels".'
+)
+@click.option("--at", metavar="VALUE", help="The value to use as features, instead of what the old head takes.")
+@click.option(
+    "--method",
+    type=click.Choice(["auto", "ridge", "logistic"]),
+    default="auto",
+    show_default=True,
+    help="Ridge regression in closed form, logistic regression, or the better one by cross-validation.",
+)
+@click.option(
+    "--folds", metavar="N", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of cross-validation."
+)
+@click.option(
+    "--no-curve", "curve", flag_value=False, default=True, help="Do not find out what fewer labels would give."
+)
+@click.option(
+    "--test", metavar="FILE", type=click.Path(), help="Labelled samples that only judge the result, like --data."
+)
+@click.option("--test-labels", metavar="FILE", type=click.Path(), help="The classes of --test, an .npy.")
+@options.labelled_data_option
+@click.option(
+    "--report",
+    "reports",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(),
+    help="Also write the report to FILE.json or FILE.html; may be repeated.",
+)
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors.")
+def command(
+    model: str, output: str | None, in_place: bool, reports: tuple[str, ...], quiet: bool, **settings: Any
+) -> None:
+    """Give MODEL a head for other classes, learnt from labelled samples, and write the result to OUT.
+
+    A linear classifier is fitted to the features that MODEL computes and takes the place of its last layer. The
+    report says what it reaches on samples that it was not fitted to, and how that grows with their number.
+    """
+    out = files.destination(model, output, in_place=in_place)
+    kept = files.report_files(reports, Path(model), out)
+
+    from onnxopt.head import head
+    from onnxopt.model import save
+
+    with drawing(quiet=quiet) as progress:
+        result = head(model, progress=progress, **settings)
+        report = result.report
+        if out is not None:
+            progress.stage(f"writing {out}")
+            save(result.model, out)
+            written().append(str(out))
+            report = dataclasses.replace(report, output=str(out))
+    for path in kept:
+        _write_report(report, path)
+    if not quiet:
+        _show(report, kept)
+
+
+def _write_report(report: HeadReport, path: Path) -> None:
+    from onnxopt.report.head import to_html, to_json
+
+    files.write_text(path, to_json(report) if path.suffix.lower() == ".json" else to_html(report))
+    written().append(str(path))
+
+
+def _show(report: HeadReport, paths: tuple[Path, ...]) -> None:
+    from onnxopt.report.head import render
+
+    show(lambda console: render(report, console))
+    if report.output:
+        click.echo(f"Written to {report.output}.")
+    else:
+        click.echo("Nothing was written; name a file with -o to keep the result.")
+    for path in paths:
+        click.echo(f"Report in {path}.")
