@@ -44,9 +44,8 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
 @click.option(
     "--method",
     type=click.Choice(["auto", "ridge", "logistic"]),
-    default="auto",
-    show_default=True,
-    help="Ridge regression in closed form, logistic regression, or the better one by cross-validation.",
+    help="Ridge regression in closed form, logistic regression, or auto, the default: the better one by "
+    "cross-validation.",
 )
 @click.option(
     "--folds", metavar="N", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of cross-validation."
@@ -83,7 +82,7 @@ def command(
     from onnxopt.model import save
 
     with drawing(quiet=quiet) as progress:
-        result = head(model, progress=progress, **settings)
+        result = head(model, progress=progress, **settings | {"method": settings["method"] or "auto"})
         report = result.report
         if out is not None:
             progress.stage(f"writing {out}")
