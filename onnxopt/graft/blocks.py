@@ -22,6 +22,7 @@ _WEIGHTY = 64
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "MatMulNBits"})
 _QUANTIZED = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 _MIXERS = frozenset({"Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN"})
+_SCORES = frozenset({"Softmax", "Sigmoid", "Tanh"})
 _TABLES = frozenset({"Gather", "GatherBlockQuantized", "EmbedLayerNormalization"})
 _SOURCES = _LAYERS | _QUANTIZED | _MIXERS | _TABLES
 _LONGEST_PERIOD = 4
@@ -35,12 +36,14 @@ class _Segment:
         start: The first.
         end: The second.
         layers: Operators with weights in between, sorted.
+        products: The same, with products of activations and what normalizes them.
         residual: Whether values take more than one way.
     """
 
     start: ir.Value
     end: ir.Value
     layers: tuple[str, ...]
+    products: tuple[str, ...]
     residual: bool
 
 
@@ -53,13 +56,29 @@ def blocks(flow: Flow) -> list[tuple[ir.Value, ir.Value]]:
     """
     segments = _segments(flow)
     wanted = {id(s) for s in _residual(segments) or [s for s in segments if s.layers]}
-    merged: list[_Segment] = []
+    bare: list[_Segment] = []
+    extended: list[_Segment] = []
     for segment in segments:
         if id(segment) in wanted:
-            merged.append(segment)
-        elif merged and not segment.layers and merged[-1].end is segment.start:
-            merged[-1] = dataclasses.replace(merged[-1], end=segment.end)
-    return [(group[0].start, group[-1].end) for group in _grouped(merged)]
+            bare.append(segment)
+            extended.append(segment)
+        elif extended and not segment.layers and extended[-1].end is segment.start:
+            extended[-1] = dataclasses.replace(extended[-1], end=segment.end)
+    return [(g[0].start, g[-1].end) for g in _grouped(_as_usual(bare, extended))]
+
+
+def _as_usual(bare: list[_Segment], extended: list[_Segment]) -> list[_Segment]:
+    """Return the segments with what follows them where that is usual for their kind.
+
+    What stands behind few blocks of a kind, a last normalization for one, is no part of them.
+    """
+    followed: dict[tuple[str, ...], list[bool]] = {}
+    for one, other in zip(bare, extended, strict=True):
+        followed.setdefault(one.products, []).append(one.end is not other.end)
+    return [
+        other if 2 * sum(followed[one.products]) > len(followed[one.products]) else one
+        for one, other in zip(bare, extended, strict=True)
+    ]
 
 
 def _residual(segments: list[_Segment]) -> list[_Segment]:
@@ -71,7 +90,7 @@ def _residual(segments: list[_Segment]) -> list[_Segment]:
 def _grouped(segments: list[_Segment]) -> list[list[_Segment]]:
     """Put segments together that repeat with a period longer than one."""
     joined = all(a.end is b.start for a, b in itertools.pairwise(segments))
-    kinds = [s.layers for s in segments]
+    kinds = [s.products for s in segments]
     if joined and len(set(kinds)) > 1:
         for period in range(2, _LONGEST_PERIOD + 1):
             if len(kinds) % period == 0 and len(kinds) > period and kinds[period:] == kinds[:-period]:
@@ -87,12 +106,15 @@ def _segments(flow: Flow) -> list[_Segment]:
     live: set[ir.Value] = set()
     start: ir.Value | None = None
     layers: list[str] = []
+    products: list[str] = []
     widest = 0
     for node in flow.nodes:
         if node not in active:
             continue
-        if start is not None and node.op_type not in _TABLES and _has_weights(flow, node):
+        if start is not None and node.op_type not in _TABLES and has_weights(flow, node):
             layers.append(node.op_type)
+        if start is not None and node.op_type in _LAYERS | _MIXERS | _SCORES:
+            products.append(node.op_type)
         for value in flow.reads[node]:
             if value in remaining:
                 remaining[value] -= 1
@@ -105,8 +127,8 @@ def _segments(flow: Flow) -> list[_Segment]:
         if here is None or here.producer() is not node:
             continue
         if start is not None:
-            found.append(_Segment(start, here, tuple(sorted(layers)), widest > 1))
-        start, layers, widest = here, [], 0
+            found.append(_Segment(start, here, tuple(sorted(layers)), tuple(sorted(products)), widest > 1))
+        start, layers, products, widest = here, [], [], 0
     return found
 
 
@@ -118,7 +140,7 @@ def _active(flow: Flow) -> set[ir.Node]:
         if node.op_type in SIZES:
             continue
         read = flow.reads[node]
-        begins = _has_weights(flow, node) and any(v in flow.varying for v in read)
+        begins = has_weights(flow, node) and any(v in flow.varying for v in read)
         if begins or any(v in values for v in read):
             nodes.add(node)
             values.update(node.outputs)
@@ -126,7 +148,7 @@ def _active(flow: Flow) -> set[ir.Node]:
     return nodes & flow.needed_for(outputs[:1], set())
 
 
-def _has_weights(flow: Flow, node: ir.Node) -> bool:
+def has_weights(flow: Flow, node: ir.Node) -> bool:
     """Whether a node is a layer that holds weights, or looks up a table."""
     return node.op_type in _SOURCES and any(v is not None and _is_weighty(flow, v) for v in node.inputs)
 
@@ -155,12 +177,12 @@ def backbone(flow: Flow) -> ir.Value:
         value = node.inputs[0] if _pools(node) else None
         if value is None or value.producer() is None:
             continue
-        behind = [n for n in flow.after(node.outputs) & active if n.op_type in _LAYERS and _has_weights(flow, n)]
+        behind = [n for n in flow.after(node.outputs) & active if n.op_type in _LAYERS and has_weights(flow, n)]
         # It is the last one when what follows are linear layers.
         if all(n.op_type in ("Gemm", "MatMul") or _is_pointwise(n) for n in behind):
             return value
     found = blocks(flow) if _residual(_segments(flow)) else []
-    layer = next((n for n in reversed(ordered) if n.op_type in _LAYERS and _has_weights(flow, n)), None)
+    layer = next((n for n in reversed(ordered) if n.op_type in _LAYERS and has_weights(flow, n)), None)
     if found and (layer is None or layer not in flow.after([found[-1][1]])):
         return found[-1][1]
     if layer is not None and layer.inputs[0] is not None and layer.inputs[0].producer() is not None:

@@ -149,6 +149,8 @@ class GraftCertificate:
         inputs: What each input of the donor's part reads.
         outputs: What each of its outputs replaces.
         kept: Values of the host's part that its own nodes go on computing, because others need them.
+        brought: Inputs of the donor's part that the host has nothing like: the donor's nodes compute them there, from
+            the inputs of the model.
         nodes: Nodes of the host before, and of the result.
         shared_bytes: Size of the donor's constants that the host already had.
         opsets: (whose, what was done) for operator sets that were converted.
@@ -170,6 +172,7 @@ class GraftCertificate:
     inputs: tuple[Mapped, ...]
     outputs: tuple[Mapped, ...]
     kept: tuple[str, ...]
+    brought: tuple[str, ...]
     nodes: tuple[int, int]
     shared_bytes: int
     opsets: tuple[tuple[str, str], ...]
@@ -194,6 +197,10 @@ class GraftCertificate:
         lines += [f"  out  {m.donor} replaces {m.host}{_by_way_of(m.adapters)}" for m in self.outputs]
         if self.kept:
             lines.append(f"The host's own nodes still compute {', '.join(self.kept)}, which others read.")
+        if self.brought:
+            lines.append(
+                f"The donor's nodes compute {', '.join(self.brought)} there too, from the inputs of the model."
+            )
         lines += [f"The {whose}: {what}." for whose, what in self.opsets]
         if self.shared_bytes:
             lines.append(f"{size(self.shared_bytes)} of equal weights are stored once.")

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.graft.interface import Adapter, Slot, adapters
+from onnxopt.graft.interface import Adapter, Slot
 from onnxopt.graft.reasons import RefusedError
 
 Element = int | tuple[int, int]
@@ -56,11 +56,13 @@ class Side:
         values: The values.
         slots: What each is.
         named: Whether the user named them, so that their order means something.
+        own: How many of them are the part's own; the others may be read as well.
     """
 
     values: tuple[ir.Value, ...]
     slots: tuple[Slot, ...]
     named: bool
+    own: int
 
 
 SeenValues = Callable[[], tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None]
@@ -73,10 +75,10 @@ def pair_in_order(host: Side, donor: Side, what: str) -> list[Link]:
     Raises:
         RefusedError: If there are not as many.
     """
-    if len(host.slots) != len(donor.slots):
+    if host.own != donor.own:
         raise RefusedError(
             "boundary",
-            f"The host's cut has {len(host.slots)} {what}s and the donor's {len(donor.slots)}; name as many on both "
+            f"The host's cut has {host.own} {what}s and the donor's {donor.own}; name as many on both "
             f"sides, in the same order. {_listing(host, donor)}",
         )
     return [Link(i, i) for i in range(len(donor.slots))]
@@ -91,88 +93,84 @@ def pair_inputs(
     first: bool,
     same_model: bool,
     seen: SeenValues,
-) -> list[Link]:
-    """Find for each input of the donor's part what it gets in the host.
+) -> tuple[list[Link], list[int]]:
+    """Find for each input of the donor's part what it gets in the host, where there is evidence.
 
-    Values belong together where they are the same value of one model or inputs of one name, lists of the same sizes,
-    the only ones of their type, or equal on the same inputs. A list of sizes without a counterpart is computed.
+    Values belong together where they are the same value of one model, inputs of the model under one name, lists of
+    the same sizes, or equal on the same inputs; and those that are left, if there is one on each side. A list of
+    sizes without a counterpart is computed.
 
     Args:
-        host: What goes into the host's part.
-        donor: What goes into the donor's.
+        host: What goes into the host's part, and whatever else of the host may be read.
+        donor: What goes into the donor's part.
         host_shapes: What is known about shapes of the host.
         donor_shapes: What is known about shapes of the donor.
         first: Whether the first values belong together, as those of two blocks do.
         same_model: Whether host and donor are the same model.
         seen: Returns the values on the same inputs.
 
-    Raises:
-        RefusedError: If one has no counterpart, or more than one.
+    Returns:
+        The pairs, and the positions of the donor's values without a counterpart.
     """
     links = [Link(0, 0)] if first else []
-    free = set(range(len(links), len(host.slots)))
-    later: list[int] = []
+    free = list(range(len(links), len(host.slots)))
+    missing: list[int] = []
     wanted = [sizes_of(v, donor.values, donor_shapes) for v in donor.values]
     held = [sizes_of(v, host.values, host_shapes) for v in host.values]
     for i in range(len(links), len(donor.slots)):
-        same = next((j for j in sorted(free) if _is_same(host, j, donor, i, same_model=same_model)), None)
-        if same is None and first and (sizes := wanted[i]) is not None:
-            same = next(
-                (j for j in sorted(free) if held[j] == sizes and host.slots[j].type == donor.slots[i].type), None
-            )
-            if same is None and all(isinstance(e, int) or e[0] == 0 for e in sizes.elements):
-                links.append(Link(i, None, sizes=sizes))
-                continue
-        if same is None:
-            later.append(i)
+        sizes = wanted[i] if first else None
+        chosen = next((j for j in free if _is_same(host, j, donor, i, same_model=same_model)), None)
+        if chosen is None and sizes is not None:
+            chosen = next((j for j in free if held[j] == sizes and host.slots[j].type == donor.slots[i].type), None)
+        if chosen is None and sizes is not None and all(isinstance(e, int) or e[0] == 0 for e in sizes.elements):
+            links.append(Link(i, None, sizes=sizes))
+        elif chosen is not None:
+            links.append(Link(i, chosen))
         else:
-            links.append(Link(i, same))
-            free.discard(same)
-    links += _by_type(host, donor, later, free, seen)
-    return sorted(links, key=lambda link: link.donor)
+            missing.append(i)
+    for i in list(missing):
+        chosen = _equal(host, donor.slots[i], seen)
+        if chosen is not None:
+            links.append(Link(i, chosen))
+            missing.remove(i)
+    left = [j for j in range(host.own) if all(link.host != j for link in links)]
+    if not first and len(missing) == 1 and len(left) == 1:
+        links.append(Link(missing.pop(), left[0]))
+    return sorted(links, key=lambda link: link.donor), missing
+
+
+def no_counterpart(host: Side, donor: Side, missing: int) -> RefusedError:
+    """Return the refusal for a value of the donor without a counterpart."""
+    needed = donor.slots[missing]
+    return RefusedError(
+        "boundary",
+        f'The donor\'s part needs "{needed.name}" ({needed}), and nothing shows which value '
+        f'of the host that is; name the tensors of both cuts, as "a,b->c". {_listing(host, donor)}',
+    )
 
 
 def _is_same(host: Side, j: int, donor: Side, i: int, *, same_model: bool) -> bool:
     """Whether two values are one, or inputs that are called the same."""
-    if host.slots[j].name != donor.slots[i].name:
+    if host.slots[j].name != donor.slots[i].name or host.slots[j].type != donor.slots[i].type:
         return False
     return same_model or (host.values[j].is_graph_input() and donor.values[i].is_graph_input())
 
 
-def _by_type(host: Side, donor: Side, later: list[int], free: set[int], seen: SeenValues) -> list[Link]:
-    links: list[Link] = []
-    fitting = {i: [j for j in free if adapters(host.slots[j], donor.slots[i]) == ()] for i in later}
-    for i in later:
-        if not fitting[i]:
-            fitting[i] = [j for j in free if adapters(host.slots[j], donor.slots[i]) is not None]
-        rivals = [k for k in later if k != i and set(fitting[k]) & set(fitting[i])]
-        chosen = fitting[i][0] if len(fitting[i]) == 1 and not rivals else None
-        if chosen is None and fitting[i]:
-            chosen = _equal(host, donor.slots[i].name, fitting[i], seen)
-        if chosen is None:
-            why = "several values of the host could be" if fitting[i] else "no value of the host's cut can be"
-            raise RefusedError(
-                "boundary",
-                f'The donor\'s part needs "{donor.slots[i].name}" ({donor.slots[i]}), and {why} it; name the tensors '
-                f'of both cuts, as "a,b->c". {_listing(host, donor)}',
-            )
-        links.append(Link(i, chosen))
-        free.discard(chosen)
-    return links
-
-
-def _equal(host: Side, name: str, candidates: list[int], seen: SeenValues) -> int | None:
-    """Return the only candidate that has the donor's value on the same inputs."""
+def _equal(host: Side, slot: Slot, seen: SeenValues) -> int | None:
+    """Return the first of the host's values that is the donor's on the same inputs."""
     values = seen()
     if values is None:
         return None
     on_host, on_donor = values
-    found = [
-        j
-        for j in candidates
-        if all(_close(h[host.slots[j].name], d[name]) for h, d in zip(on_host, on_donor, strict=True))
-    ]
-    return found[0] if len(found) == 1 else None
+    return next(
+        (
+            j
+            for j, other in enumerate(host.slots)
+            if other.type == slot.type
+            and all(_close(h[other.name], d[slot.name]) for h, d in zip(on_host, on_donor, strict=True))
+        ),
+        None,
+    )
 
 
 def _close(one: Any, other: Any) -> bool:
@@ -233,6 +231,6 @@ def sizes_of(value: ir.Value, inputs: Sequence[ir.Value], shapes: Shapes) -> Siz
 
 
 def _listing(host: Side, donor: Side) -> str:
-    one = ", ".join(f"{s.name} {s}" for s in host.slots)
+    one = ", ".join(f"{s.name} {s}" for s in host.slots[: host.own])
     other = ", ".join(f"{s.name} {s}" for s in donor.slots)
     return f"Host: {one}. Donor: {other}."

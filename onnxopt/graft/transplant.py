@@ -18,18 +18,17 @@ from onnxopt.graft.certificate import (
     SCHEMA_VERSION,
     Fitted,
     GraftCertificate,
-    Mapped,
     files_of,
 )
-from onnxopt.graft.cut import Block, Cut, Flow, Part, Tensors, parse_cut, resolve
+from onnxopt.graft.cut import Cut, Flow, Part, parse_cut, resolve
 from onnxopt.graft.extraction import Source
 from onnxopt.graft.fitting import fit
-from onnxopt.graft.interface import FITTED, Adapter, Slot, adapters, described, slot
-from onnxopt.graft.pairing import Link, Side, pair_in_order, pair_inputs, pair_outputs
-from onnxopt.graft.probe import Match, Probe, distance, find_feeds, matches, outputs_of, run
+from onnxopt.graft.interface import FITTED
+from onnxopt.graft.probe import Match, Probe, Values, distance, find_feeds, matches, outputs_of, run
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.slicing import Types, standalone
 from onnxopt.graft.splice import Copy, Fit, Splice, insertion, unify
+from onnxopt.graft.wiring import Plan, Wiring, wire
 from onnxopt.runtime import RunOptions
 
 Consent = Literal["allow", "none"] | Callable[[Sequence[str]], bool]
@@ -156,122 +155,127 @@ class Grafting:
         """Do it."""
         request = self._request
         donor_part = resolve(request.donor, request.take)
-        donor_types = Types(request.donor)
-        reference = standalone(donor_part, donor_types)
         self._progress.stage("grafting")
-        result, converted = self._reconciled(request.host, reference)
-        result, host_part = self._host_part(result)
-        host_types = Types(result)
-        sides = _Sides(host_part, host_types, donor_part, donor_types, request)
-        inputs, outputs, kept = sides.pair(lambda: self._seen(sides))
-        inputs = [_adapted(link, sides.host_in, sides.donor_in, forward=True) for link in inputs]
-        outputs = [_adapted(link, sides.host_out, sides.donor_out, forward=False, free=sides.free) for link in outputs]
-        self._ask(inputs, outputs, sides)
-        note = f"{request.take}"
-        splice = Splice(result, converted, _anchor(host_part), note)
-        copies, fits = self._splice(splice, host_part, sides, inputs, outputs)
+        result = self._raised_host(_opset(request.donor))
+        host_part = self._host_part(result)
+        host_types, donor_types = Types(result), Types(request.donor)
+        wiring = wire(
+            Plan(
+                host=host_part,
+                host_types=host_types,
+                donor=donor_part,
+                donor_types=donor_types,
+                replace=request.replace,
+                after=request.after or "",
+                take=request.take,
+                same_model=_same_model(request.host, request.donor),
+                values=self._values,
+            )
+        )
+        self._ask(wiring)
+        reference = standalone(wiring.donor, donor_types)
+        splice = Splice(result, self._converted(reference, _opset(result)), _anchor(host_part), str(request.take))
+        copies, fits = self._splice(splice, host_part, wiring)
         splice.finish(host_part.nodes)
         fitted = tuple(self._fit(result, pending) for pending in fits)
-        return Grafted(result, self._certify(result, reference, sides, copies, splice, inputs, outputs, kept, fitted))
+        return Grafted(result, self._certify(result, reference, wiring, copies, splice, fitted))
 
     # Before anything is put in -------------------------------------------------------------------------------
 
-    def _reconciled(self, host: ir.Model, part: ir.Model) -> tuple[ir.Model, ir.Model]:
-        """Return a copy of the host and the donor's part in the same version of the standard operator set."""
-        ours, theirs = _opset(host), _opset(part)
+    def _raised_host(self, opset: int) -> ir.Model:
+        """Return a copy of the host, in the donor's version of the standard operator set if that is newer."""
+        host = self._request.host
         result = host.clone()
         result.meta.update(host.meta)
-        if ours == theirs or not ours or not theirs:
-            return result, part
+        if not 0 < _opset(host) < opset:
+            return result
         try:
-            if theirs < ours:
-                self._opsets.append(("donor", f"its part was converted from opset {theirs} to {ours}"))
-                return result, models.convert_opset(part, ours)
-            result = models.convert_opset(result, theirs)
+            result = models.convert_opset(result, opset)
         except ModelError as error:
             raise RefusedError("opset", str(error)) from error
         found = outputs_of(Probe(result, self._feeds, self._request.options))
         names = {v.name or "": v.name or "" for v in host.graph.outputs}
         for match in matches(host, outputs_of(self._before), found, names):
             if not match.ok:
-                raise RefusedError("opset", f"Converting the host to opset {theirs} changes it: {match.note}.")
-        self._opsets.append(("host", f"it was converted from opset {ours} to {theirs}, which the donor is in"))
-        return result, part
+                raise RefusedError("opset", f"Converting the host to opset {opset} changes it: {match.note}.")
+        self._opsets.append(("host", f"it was converted from opset {_opset(host)} to {opset}, which the donor is in"))
+        return result
 
-    def _host_part(self, result: ir.Model) -> tuple[ir.Model, Part]:
+    def _converted(self, part: ir.Model, opset: int) -> ir.Model:
+        """Return the donor's part in the host's version of the standard operator set."""
+        if not 0 < _opset(part) < opset:
+            return part
+        self._opsets.append(("donor", f"its part was converted from opset {_opset(part)} to {opset}"))
+        try:
+            return models.convert_opset(part, opset)
+        except ModelError as error:
+            raise RefusedError("opset", str(error)) from error
+
+    def _host_part(self, result: ir.Model) -> Part:
         request = self._request
         if request.replace is not None:
-            return result, resolve(result, request.replace)
+            return resolve(result, request.replace)
         assert request.after is not None, "one of both is given"
         value = Flow(result).value(request.after)
         identity = insertion(result, value.name or "")
         source = identity.inputs[0]
         assert source is not None, "an Identity reads something"
-        return result, Part(result, (source,), (identity.outputs[0],), (identity,))
+        return Part(result, (source,), (identity.outputs[0],), (identity,))
 
-    def _seen(self, sides: _Sides) -> tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None:
-        """Return the boundary values of host and donor on the same inputs, where the donor takes the host's."""
+    def _values(self, host: Sequence[str], donor: Sequence[str]) -> tuple[Sequence[Values], Sequence[Values]] | None:
+        """Return values of host and donor on the same inputs, where the donor takes the host's."""
         feeds = _feeds_for(self._request.donor, self._feeds)
         if feeds is None:
             return None
         try:
-            donor = Probe(self._request.donor, feeds, self._request.options).values(
-                s.name for s in sides.donor_in.slots
-            )
+            return self._before.values(host), Probe(self._request.donor, feeds, self._request.options).values(donor)
         except RefusedError:
             return None
-        return self._before.values(s.name for s in sides.host_in.slots), donor
 
-    def _ask(self, inputs: Sequence[Link], outputs: Sequence[Link], sides: _Sides) -> None:
+    def _ask(self, wiring: Wiring) -> None:
         """Make sure that the adapters are wanted, and that there is data for those that are fitted.
 
         Raises:
             RefusedError: If they are not, or there is none.
         """
-        needed = [
-            *(_sentence(link, sides.host_in, sides.donor_in, forward=True) for link in inputs),
-            *(_sentence(link, sides.host_out, sides.donor_out, forward=False) for link in outputs),
-        ]
-        needed = [text for text in needed if text]
+        needed = "; ".join(wiring.adapters)
         if not needed:
             return
         consent = self._request.consent
-        if consent == "none" or (callable(consent) and not consent(needed)):
-            raise RefusedError("adapter", f"An adapter is needed: {'; '.join(needed)}. --adapters allow puts it in.")
-        if any(a.kind in FITTED for link in (*inputs, *outputs) for a in link.adapters):
-            if self._samples is None:
-                raise RefusedError("data", f"{'; '.join(needed)}: it is fitted to real inputs; give some with --data.")
-            if any(a.kind in FITTED for link in inputs for a in link.adapters) and self._request.repeat > 1:
-                raise RefusedError("shape", "Copies in a row cannot have adapters between them.")
+        if consent == "none" or (callable(consent) and not consent(wiring.adapters)):
+            raise RefusedError("adapter", f"An adapter is needed: {needed}. --adapters allow puts it in.")
+        fitted = [a for link in (*wiring.inputs, *wiring.outputs) for a in link.adapters if a.kind in FITTED]
+        if fitted and self._samples is None:
+            raise RefusedError("data", f"{needed}: it is fitted to real inputs; give some with --data.")
+        if self._request.repeat > 1 and wiring.inputs[0].adapters:
+            raise RefusedError("shape", f"Copies in a row cannot have adapters between them, but need: {needed}.")
 
     # Putting it in -------------------------------------------------------------------------------------------
 
-    def _splice(
-        self, splice: Splice, part: Part, sides: _Sides, inputs: Sequence[Link], outputs: Sequence[Link]
-    ) -> tuple[list[Copy], list[tuple[Fit, str, str]]]:
+    def _splice(self, splice: Splice, part: Part, wiring: Wiring) -> tuple[list[Copy], list[tuple[Fit, str, str]]]:
         """Copy the donor's part; return the copies, and each adapter to fit with whose value it should give."""
         fits: list[tuple[Fit, str, str]] = []
-        given: list[ir.Value | None] = [None] * len(inputs)
-        for link in (link for link in inputs if link.host is not None):
-            given[link.donor], pending = splice.adapt(part.inputs[link.host or 0], link.adapters)
-            fits += [(p, "donor", sides.donor_in.slots[link.donor].name) for p in pending]
-        for link in (link for link in inputs if link.sizes is not None):
-            assert link.sizes is not None
-            given[link.donor] = splice.sizes(link.sizes, given)
+        given: list[ir.Value | None] = [None] * len(wiring.inputs)
+        for link in wiring.inputs:
+            if link.host is not None:
+                given[link.donor], pending = splice.adapt(wiring.host_in.values[link.host], link.adapters)
+                fits += [(p, "donor", wiring.donor_in.slots[link.donor].name) for p in pending]
+        for link in wiring.inputs:
+            if link.sizes is not None:
+                given[link.donor] = splice.sizes(link.sizes, given)
         values = [v for v in given if v is not None]
         copies = [splice.copy(values)]
         for _ in range(self._request.repeat - 1):
             copies.append(splice.copy([copies[-1].outputs[0], *values[1:]]))
-        for link in outputs:
+        for link in wiring.outputs:
             value, pending = splice.adapt(copies[-1].outputs[link.donor], link.adapters)
             assert link.host is not None, "outputs have a counterpart"
-            old = part.outputs[link.host]
-            fits += [(p, "host", sides.host_out.slots[link.host].name) for p in pending]
-            splice.replace(old, value, free=sides.free[link.host])
-        moved = any(a.kind == "Transpose" for link in inputs for a in link.adapters)
+            fits += [(p, "host", wiring.host_out.slots[link.host].name) for p in pending]
+            splice.replace(part.outputs[link.host], value, free=wiring.free[link.host])
+        moved = any(a.kind == "Transpose" for link in wiring.inputs for a in link.adapters)
         pairs = [
-            (sides.donor_in.slots[link.donor].dims, sides.host_in.slots[link.host].dims)
-            for link in inputs
+            (wiring.donor_in.slots[link.donor].dims, wiring.host_in.slots[link.host].dims)
+            for link in wiring.inputs
             if link.host is not None and not link.adapters
         ]
         splice.name_axes(copies, None if moved else unify(pairs))
@@ -305,12 +309,9 @@ class Grafting:
         self,
         result: ir.Model,
         reference: ir.Model,
-        sides: _Sides,
+        wiring: Wiring,
         copies: Sequence[Copy],
         splice: Splice,
-        inputs: Sequence[Link],
-        outputs: Sequence[Link],
-        kept: Sequence[int],
         fitted: tuple[Fitted, ...],
     ) -> GraftCertificate:
         """Prove the result.
@@ -329,7 +330,7 @@ class Grafting:
         downstream |= {v for c in copies for v in c.outputs}
         boundary = [n for c in copies for v in (*c.inputs, *c.outputs) if (n := v.name or "")]
         untouched = [v.name or "" for v in result.graph.outputs if v not in downstream]
-        around = {name: name for name in untouched} | sides.still_read(inputs)
+        around = {name: name for name in untouched} | wiring.read
         changed = [v.name or "" for v in result.graph.outputs if v in downstream]
         inside = after.values([*boundary, *around.values(), *changed])
         slices = tuple(m for copy in copies for m in self._slice(reference, copy, inside))
@@ -349,9 +350,10 @@ class Grafting:
             replaced=str(request.replace) if request.after is None else f"after {request.after}",
             inserted=str(request.take),
             copies=len(copies),
-            inputs=tuple(_mapped(link, sides.host_in, sides.donor_in) for link in inputs),
-            outputs=tuple(_mapped(link, sides.host_out, sides.donor_out) for link in outputs),
-            kept=tuple(sides.host_out.slots[i].name for i in kept),
+            inputs=wiring.mapped_inputs,
+            outputs=wiring.mapped_outputs,
+            kept=tuple(wiring.host_out.slots[i].name for i in wiring.kept),
+            brought=wiring.brought,
             nodes=(len(request.host.graph), len(result.graph)),
             shared_bytes=splice.shared,
             opsets=tuple(self._opsets),
@@ -379,119 +381,6 @@ class Grafting:
 _LEVELS = ("none", "basic", "full")
 
 
-class _Sides:
-    """The boundaries of host and donor.
-
-    Attributes:
-        host_in: What goes into the host's part.
-        host_out: What comes out of it.
-        donor_in: What goes into the donor's part.
-        donor_out: What comes out of it.
-        free: For each of the host's outputs, whether its type may change: it is an output of the model, read by none.
-    """
-
-    def __init__(self, host: Part, host_types: Types, donor: Part, donor_types: Types, request: Request) -> None:
-        named = isinstance(request.replace, Tensors) or request.after is not None
-        taken = isinstance(request.take, Tensors)
-        self.host_in = _side(host.inputs, host_types, named)
-        self.host_out = _side(host.outputs, host_types, named)
-        self.donor_in = _side(donor.inputs, donor_types, taken)
-        self.donor_out = _side(donor.outputs, donor_types, taken)
-        inside = set(host.nodes)
-        self.free = [
-            v.is_graph_output() and all(u.node in inside for u in v.uses()) and request.after is None
-            for v in host.outputs
-        ]
-        self._types = host_types, donor_types
-        self._inputs = host.inputs
-        self._blocks = isinstance(request.take, Block) and (
-            isinstance(request.replace, Block) or request.replace is None
-        )
-        if request.after is not None:
-            # An output that something is put behind gives its name to what comes out.
-            self.host_in = dataclasses.replace(
-                self.host_in, slots=(dataclasses.replace(self.host_in.slots[0], name=request.after),)
-            )
-        self._same_model = request.host is request.donor or (
-            bool(files_of_path(request.host)) and files_of_path(request.host) == files_of_path(request.donor)
-        )
-
-    def still_read(self, links: Sequence[Link]) -> dict[str, str]:
-        """Return for the values of the host that the graft reads their names in the host and in the result."""
-        return {
-            self.host_in.slots[link.host].name: self._inputs[link.host].name or ""
-            for link in links
-            if link.host is not None
-        }
-
-    def pair(
-        self, seen: Callable[[], tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]] | None]
-    ) -> tuple[list[Link], list[Link], list[int]]:
-        """Return what each input reads, what each output replaces, and which of the host's outputs nobody does."""
-        if self.host_in.named and self.donor_in.named:
-            inputs = pair_in_order(self.host_in, self.donor_in, "input")
-            return inputs, pair_in_order(self.host_out, self.donor_out, "output"), []
-        host_types, donor_types = self._types
-        inputs = pair_inputs(
-            self.host_in,
-            self.donor_in,
-            host_types.shapes,
-            donor_types.shapes,
-            first=self._blocks,
-            same_model=self._same_model,
-            seen=seen,
-        )
-        outputs, kept = pair_outputs(self.host_out, self.donor_out)
-        return inputs, outputs, kept
-
-
-def files_of_path(model: ir.Model) -> str:
-    """Return the path a model was loaded from; empty for one that was made in memory."""
-    original = model.graph.meta.get(models.ORIGINAL)
-    return "" if original is None else str(original.path.resolve())
-
-
-def _side(values: tuple[ir.Value, ...], types: Types, named: bool) -> Side:
-    return Side(values, tuple(slot(v, types) for v in values), named)
-
-
-def _adapted(link: Link, host: Side, donor: Side, *, forward: bool, free: Sequence[bool] = ()) -> Link:
-    """Add the adapters that a pair of values needs.
-
-    Raises:
-        RefusedError: If none make them fit.
-    """
-    if link.host is None:
-        return link
-    ours, theirs = host.slots[link.host], donor.slots[link.donor]
-    have, want = (ours, theirs) if forward else (theirs, ours)
-    found = () if free and free[link.host] else adapters(have, want)
-    if found is None:
-        raise RefusedError(
-            "shape", f'"{have.name}" ({have}) does not fit in the place of "{want.name}" ({want}), nor with an adapter.'
-        )
-    return dataclasses.replace(link, adapters=found)
-
-
-def _sentence(link: Link, host: Side, donor: Side, *, forward: bool) -> str:
-    """Say which adapter a pair of values needs; empty when none."""
-    name = donor.slots[link.donor].name
-    if link.sizes is not None:
-        return f'"{name}" of the donor is computed from the shape of what the part reads'
-    if not link.adapters or link.host is None:
-        return ""
-    have: Slot = host.slots[link.host] if forward else donor.slots[link.donor]
-    want: Slot = donor.slots[link.donor] if forward else host.slots[link.host]
-    return f'{described(link.adapters)} between "{have.name}" ({have}) and "{want.name}" ({want})'
-
-
-def _mapped(link: Link, host: Side, donor: Side) -> Mapped:
-    if link.host is None:
-        return Mapped(donor.slots[link.donor].name, host.slots[0].name, ("its shape",))
-    words: tuple[Adapter, ...] = link.adapters
-    return Mapped(donor.slots[link.donor].name, host.slots[link.host].name, tuple(map(str, words)))
-
-
 def _same(
     host: ir.Model, before: Sequence[dict[str, Any]], names: Mapping[str, str], inside: Sequence[dict[str, Any]]
 ) -> tuple[Match, ...]:
@@ -503,6 +392,18 @@ def _same(
     revealed.graph.outputs.clear()
     revealed.graph.outputs.extend(values[name] for name in names)
     return matches(revealed, before, inside, names)
+
+
+def _same_model(host: ir.Model, donor: ir.Model) -> bool:
+    """Whether two models are one, or come from one file."""
+    files = [model.graph.meta.get(models.ORIGINAL) for model in (host, donor)]
+    paths = {None if file is None else file.path.resolve() for file in files}
+    return host is donor or (len(paths) == 1 and None not in paths and _equal_graphs(host, donor))
+
+
+def _equal_graphs(host: ir.Model, donor: ir.Model) -> bool:
+    """Whether two models that come from one file are still as they were."""
+    return [v.name for n in host.graph for v in n.outputs] == [v.name for n in donor.graph for v in n.outputs]
 
 
 def _anchor(part: Part) -> ir.Node:
