@@ -15,6 +15,7 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.analysis.fills import fill
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.weights import FLOATS
 from onnxopt.coupling import rules, rules_attention, rules_nn
@@ -141,7 +142,8 @@ def analyse(model: ir.Model, shapes: Shapes | None = None) -> Coupling:
         if scope.function is not None:
             continue
         for node in scope.graph:
-            _follow(builder, node, model)
+            if node not in builder.followed:
+                _follow(builder, node, model)
     for values, kind in ((main.inputs, "input"), (main.outputs, "output")):
         for value in values:
             _freeze(builder, value, f"it is an {kind} of the model")
@@ -238,6 +240,8 @@ def _group(touched: list[Axis], roots: Ints, labels: Ints, summed: set[tuple[ir.
     members = []
     for axis in touched:
         tensor = constant_tensor(axis.value)
+        if tensor is None and (array := fill(axis.value)) is not None:
+            tensor = ir.Tensor(array)
         if tensor is None:
             continue
         own = labels[axis.first : axis.first + axis.size]

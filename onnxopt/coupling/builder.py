@@ -81,6 +81,7 @@ class Builder:
         self._reason_index: dict[str, int] = {}
         self.sinks: list[Sink] = []
         self.rewrites: list[Rewrite] = []
+        self.followed: set[ir.Node] = set()
 
     # What rules ask ---------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim
 from onnxopt.coupling.builder import Builder, Opaque, Way, label
+from onnxopt.coupling.chains import follow_chain, parted_again
 from onnxopt.coupling.partition import Ints, as_ints
 from onnxopt.coupling.rewrites import SetSizes
 from onnxopt.coupling.sizes import element
@@ -66,6 +67,10 @@ def reshape(builder: Builder, node: ir.Node) -> None:
     assert data is not None
     before, after = builder.shape(data), builder.shape(output)
     blocks, middle = align(before, after)
+    chain = parted_again(builder, node) if middle.before or middle.after else None
+    if chain is not None:
+        follow_chain(builder, chain)
+        return
     for block in blocks:
         if len(block.before) == len(block.after) == 1:
             builder.tie(data, block.before[0], output, block.after[0])
@@ -92,7 +97,7 @@ def follow_sizes(builder: Builder, node: ir.Node, index: int) -> None:
             written.append(axis)
         else:
             builder.tie(*found, output, axis)
-    builder.rewrites.append(SetSizes(node, (output,), index, tuple(written)))
+    builder.rewrites.append(SetSizes(node, (output,), index, tuple(written), tuple(written)))
 
 
 def _ways(builder: Builder, data: ir.Value, output: ir.Value, block: Block) -> list[Way]:

@@ -80,15 +80,23 @@ class SetCounts(Rewrite):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SetSizes(Rewrite):
-    """The shape that Reshape and Expand, and the sizes that Resize, are given for their output."""
+    """The shape that Reshape and Expand, and the sizes that Resize, are given for their output.
+
+    Attributes:
+        index: The input that lists them.
+        places: Places in the list.
+        axes: The axes of the value whose sizes belong there.
+    """
 
     index: int
+    places: tuple[int, ...]
     axes: tuple[int, ...]
 
     def apply(self, edit: Edit) -> None:
-        """Write the sizes of the output's axes."""
-        (output,) = self.watch
-        edit.set_sizes(self.node, self.index, {axis: int(edit.kept(output, axis).sum()) for axis in self.axes})
+        """Write the sizes."""
+        (value,) = self.watch
+        sizes = [int(edit.kept(value, axis).sum()) for axis in self.axes]
+        edit.set_sizes(self.node, self.index, dict(zip(self.places, sizes, strict=True)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

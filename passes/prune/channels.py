@@ -14,6 +14,7 @@ from onnxopt.coupling import importance
 from onnxopt.coupling.analysis import Coupling, Group, analyse
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, least_important, rounded
+from onnxopt.coupling.sharing import copy_apart, shared_vectors
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, scopes
 
@@ -60,6 +61,12 @@ class PruneChannels(GraphPass):
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together, and the layers that must stay as they are."""
         coupling = analyse(model, ctx.shapes)
+        shared = shared_vectors(model)
+        if shared and _gains(model, coupling):
+            site = Site(self.name, "", shared[0].name or "")
+            summary = f"small constants that nodes share ({len(shared)}): a copy for each, to be cut on its own"
+            yield Edit(site, summary, functools.partial(copy_apart, model, shared))
+            coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
         removal = Removal(model, coupling)
         paths = {scope.graph: scope.path for scope in scopes(model)}
@@ -96,6 +103,13 @@ class PruneChannels(GraphPass):
             reason = coupling.frozen(value, sink.axis)
             if reason is not None:
                 yield Refusal(Site(self.name, paths[value.graph], value.name or ""), f"its inputs stay: {reason}")
+
+
+def _gains(model: ir.Model, coupling: Coupling) -> bool:
+    """Whether more could be removed if nodes did not share small constants."""
+    apart = model.clone()
+    copy_apart(apart, shared_vectors(apart))
+    return sum(group.parameters for group in analyse(apart).groups) > sum(g.parameters for g in coupling.groups)
 
 
 def units(group: Group) -> str:

@@ -144,6 +144,24 @@ def test_heads_go_out_whole(prune, sizes):
     assert [done.shape(n) for n in ("wq", "bq", "wo")] == [[16, 16], [16], [16, 16]]
 
 
+def test_heads_that_are_merged_with_the_batch_on_the_way(prune):
+    done = prune(
+        """(float[batch,6,16] x) => (float[batch,6,16] y) {
+        q0 = MatMul(x, wq) q2 = Reshape(q0, s) q = Transpose <perm = [0, 2, 1, 3]> (q2)
+        k0 = MatMul(x, wk) k2 = Reshape(k0, s) k3 = Transpose <perm = [0, 2, 1, 3]> (k2)
+        k4 = Reshape(k3, one) k5 = Transpose <perm = [0, 2, 1]> (k4) n = Shape <start = 0, end = 2> (k3)
+        two = Concat <axis = 0> (n, rest) k = Reshape(k5, two)
+        v0 = MatMul(x, wv) v2 = Reshape(v0, s) v = Transpose <perm = [0, 2, 1, 3]> (v2)
+        a = MatMul(q, k) p = Softmax <axis = -1> (a) c = MatMul(p, v) t = Transpose <perm = [0, 2, 1, 3]> (c)
+        r = Reshape(t, z) y = MatMul(r, wo) }""",
+        {"s": np.array([0, 0, 4, 8]), "one": np.array([-1, 6, 8]), "rest": np.array([8, 6]),
+         "z": np.array([0, 0, 32])},
+        wq=(16, 32), wk=(16, 32), wv=(16, 32), wo=(32, 16),
+    )  # fmt: skip
+    assert done.groups == {"wq": 4}
+    assert done.coupling.groups[0].span == 8
+
+
 def test_sizes_that_are_joined_and_computed(prune):
     done = prune(
         """(float[batch,seq,16] x) => (float[batch,seq,5] y) {
@@ -166,6 +184,18 @@ def test_a_size_that_is_computed_with_stays(prune):
     )  # fmt: skip
     assert done.groups == {}
     assert done.why("w", 1) == "Shape n reads its size"
+
+
+def test_weights_that_are_filled_in(prune):
+    done = prune(
+        """(float[1,3,4,4] x) => (float[1,5,4,4] y) {
+        w = ConstantOfShape <value = float[1] {0.5}> (s) a = Conv(x, w, b) u = ConstantOfShape <value = float[1] {0.25}> (t)
+        y = Conv(a, u) }""",
+        {"s": np.array([8, 3, 1, 1]), "t": np.array([5, 8, 1, 1])}, b=(8,),
+    )  # fmt: skip
+    assert list(done.groups.values()) == [8]
+    assert done.node("ConstantOfShape").inputs[0].const_value.numpy().tolist() == [4, 3, 1, 1]
+    assert done.shape("b") == [4]
 
 
 def test_biases_stretched_to_the_size_of_a_weight(prune):

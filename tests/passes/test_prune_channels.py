@@ -104,6 +104,32 @@ def test_weights_that_are_not_numbers_do_not_stop_it():
     assert [edit.summary for edit in edits] == ["64 to 32 channels"]
 
 
+def two_layers(bias):
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> agraph (float[2,16] x) => (float[2,16] y) '
+        "{ a = MatMul(x, w) b = Add(a, c) d = MatMul(b, v) y = Add(d, e) }"
+    )
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (16, 16), "v": (16, 16)}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(rng.normal(size=shape).astype(np.float32), name))
+    for node in proto.graph.node:
+        node.input[:] = [bias.get(name, name) for name in node.input]
+    for name in sorted(set(bias.values())):
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.zeros(16, np.float32), name))
+    return ir.from_proto(proto)
+
+
+def test_vectors_that_layers_share_are_copied_where_that_frees_channels():
+    model, report = optimize(two_layers({"c": "zeros", "e": "zeros"}))
+    assert [edit.summary for edit in report.applied] == [
+        "small constants that nodes share (1): a copy for each, to be cut on its own",
+        "16 to 8 channels",
+    ]
+    assert list(model.graph.initializers["w"].const_value.shape) == [16, 8]
+    _, alone = optimize(two_layers({"c": "c", "e": "e"}))
+    assert [edit.summary for edit in alone.applied] == ["16 to 8 channels"]
+
+
 def test_the_original_is_not_written_into():
     model = mlp()
     before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
