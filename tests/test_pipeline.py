@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt import pipeline, registry
@@ -73,6 +73,7 @@ def test_what_cannot_be_read_is_said_in_words(text: str, message: str) -> None:
         Pipeline.parse(text)
 
 
+@settings(deadline=None)
 @given(
     st.builds(
         Sample,
