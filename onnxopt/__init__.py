@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import Pipeline
     from onnxopt.quantize import quantize
     from onnxopt.report.data import Report
+    from onnxopt.training.finetune import finetune
     from onnxopt.verify import verify
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _HOMES = {
     "extract": "onnxopt.graft",
     "graft": "onnxopt.graft",
     "head": "onnxopt.head",
+    "finetune": "onnxopt.training.finetune",
     "load": "onnxopt.model",
     "measure": "onnxopt.measure",
     "merge_trunk": "onnxopt.merge_trunk",
@@ -67,6 +69,7 @@ __all__ = [
     "Result",
     "Site",
     "extract",
+    "finetune",
     "graft",
     "head",
     "load",

@@ -265,6 +265,69 @@ def labelled_data_option(function: F) -> F:
     )
 
 
+def training_options(function: F) -> F:
+    """Add the options of training."""
+    return _decorated(
+        function,
+        click.option(
+            "--epochs",
+            metavar="N",
+            type=click.IntRange(min=1),
+            default=20,
+            show_default=True,
+            help="Most passes over the samples.",
+        ),
+        click.option(
+            "--learning-rate",
+            "--lr",
+            metavar="RATE",
+            type=float,
+            default=1e-3,
+            show_default=True,
+            help="Highest learning rate; try 5e-5 for transformers.",
+        ),
+        click.option(
+            "--batch", metavar="N", type=click.IntRange(min=1), default=32, show_default=True, help="Samples per step."
+        ),
+        click.option(
+            "--weight-decay", metavar="X", type=float, default=0.01, show_default=True, help="Decay of matrices."
+        ),
+        click.option(
+            "--layer-decay",
+            metavar="FACTOR",
+            type=float,
+            default=1.0,
+            show_default=True,
+            help="Factor of the learning rate from a layer to the one before it.",
+        ),
+        click.option(
+            "--patience",
+            metavar="N",
+            type=click.IntRange(min=1),
+            default=5,
+            show_default=True,
+            help="Stop after so many epochs without a better state.",
+        ),
+        click.option(
+            "--shift", metavar="PIXELS", type=click.IntRange(min=0), default=0, help="Move images at random by so much."
+        ),
+        click.option(
+            "--noise", type=Fraction(), default=0.0, help="Add noise, as a fraction of the inputs' deviation."
+        ),
+        click.option(
+            "--mix", metavar="ALPHA", type=float, default=0.0, help="Mix pairs of samples (mixup); 0.2 is usual."
+        ),
+        click.option(
+            "--checkpoint",
+            metavar="FILE.safetensors",
+            type=click.Path(dir_okay=False),
+            help="Keep the state after each epoch here, and go on from it.",
+        ),
+        threads_option(),
+        seed_option(),
+    )
+
+
 def force_calibration_option() -> Callable[[F], F]:
     """Add `--force-calibration`."""
     return click.option(

@@ -231,27 +231,32 @@ def with_parameters(model: ir.Model, trained: Mapping[str, torch.Tensor | np.nda
     copy = model.clone()
     copy.meta.update(model.meta)
     copy.graph.meta.update(model.graph.meta)
-    for name, parameter in find_parameters(copy).items():
-        if name not in trained:
+    for value in list(_constants(copy)):
+        old = value.const_value if value.is_initializer() else _of_constant_node(value)
+        if value.name not in trained or old is None:
             continue
-        new = trained[name]
-        array = new.detach().cpu().numpy() if isinstance(new, torch.Tensor) else new
-        old = parameter.tensor
-        tensor = ir.Tensor(
-            np.ascontiguousarray(array.astype(old.dtype.numpy())),
-            dtype=old.dtype,
-            shape=ir.Shape(old.shape.numpy()),
-            name=old.name,
-            doc_string=old.doc_string,
-        )
-        tensor.metadata_props.update(old.metadata_props)
-        if parameter.value.is_initializer():
-            parameter.value.const_value = tensor
+        tensor = _filled(old, trained[value.name or ""])
+        if value.is_initializer():
+            value.const_value = tensor
         else:
-            node = parameter.value.producer()
+            node = value.producer()
             assert node is not None
             node.attributes["value"] = ir.AttrTensor("value", tensor)
     return copy
+
+
+def _filled(old: ir.TensorProtocol, new: torch.Tensor | np.ndarray) -> ir.TensorProtocol:
+    """Return a tensor with other contents."""
+    array = new.detach().cpu().numpy() if isinstance(new, torch.Tensor) else new
+    tensor = ir.Tensor(
+        np.ascontiguousarray(array.astype(old.dtype.numpy())),
+        dtype=old.dtype,
+        shape=ir.Shape(old.shape.numpy()),
+        name=old.name,
+        doc_string=old.doc_string,
+    )
+    tensor.metadata_props.update(old.metadata_props)
+    return tensor
 
 
 def computes_in_half(model: ir.Model) -> bool:

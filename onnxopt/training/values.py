@@ -6,6 +6,7 @@ float32, unsigned types that torch can hardly compute with as a wider signed one
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,11 @@ def to_torch(array: Any, dtype: ir.DataType | None = None) -> torch.Tensor:
     array = np.asarray(array)
     wanted = torch_dtype(dtype if dtype is not None else _onnx_dtype(array))
     return torch.from_numpy(np.array(array, dtype=_NUMPY[wanted], order="C"))
+
+
+def feed_to_torch(feed: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Return the arrays of a feed as tensors."""
+    return {name: to_torch(value) for name, value in feed.items()}
 
 
 def _onnx_dtype(array: np.ndarray) -> ir.DataType:

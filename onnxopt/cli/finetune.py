@@ -1,0 +1,95 @@
+"""`onnxopt finetune`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from onnxopt.cli import files, options, written
+from onnxopt.cli.output import show
+from onnxopt.cli.progress import drawing
+from onnxopt.errors import VerificationError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from onnxopt.training.finetune import Finetuned
+
+_EPILOG = """
+\b
+Examples:
+  onnxopt finetune model.onnx --data train.npz --labels labels.npy -o tuned.onnx
+  onnxopt finetune model.onnx --data train.npz -o tuned.onnx --freeze 'encoder.*' --layer-decay 0.9
+  onnxopt finetune digits.onnx --data digits.npz -o tuned.onnx --shift 2 --epochs 40 --checkpoint run.safetensors
+
+The graph is run in torch (pip install 'onnxopt[torch]'), after a comparison with ONNX Runtime; the weights are written
+back by name and all else stays as it is. Labels are whole numbers for classes, or numbers of the output's shape.
+The state that does best on the validation samples is kept. Because it was chosen by them, its figure is a little
+flattering: judge it once more on samples that nothing has seen.
+
+Exit codes: 0 done, and OUT was written; 1 no epoch was better than the model as it is, or verification failed (OUT is
+not written); 2 usage, unreadable input or unwritable output; 130 interrupted (--checkpoint goes on from there).
+"""
+
+
+@click.command("finetune", epilog=_EPILOG)
+@options.model_argument()
+@click.option("--output", "-o", metavar="OUT", type=click.Path(), required=True, help="Where the result goes.")
+@click.option("--data", metavar="FILE|DIR", required=True, help="Samples: an .npz with one array per input.")
+@click.option(
+    "--labels",
+    metavar="FILE|KEY",
+    type=click.Path(),
+    help='Labels: an .npy, or a key of the .npz. By default its key "labels", "targets" or "y".',
+)
+@click.option("--freeze", metavar="GLOB", multiple=True, help="Leave parameters of such names; may be repeated.")
+@click.option("--train", metavar="GLOB", multiple=True, help="Train only parameters of such names; may be repeated.")
+@click.option(
+    "--validation",
+    type=options.Fraction(below_one=True),
+    default=0.2,
+    show_default=True,
+    help="Share of the samples that judge and are not learnt from; 0 keeps the last epoch unjudged.",
+)
+@click.option(
+    "--label-smoothing",
+    type=options.Fraction(below_one=True),
+    default=0.0,
+    help="Share of each label that is spread over all classes.",
+)
+@options.training_options
+@options.json_option()
+@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
+def command(
+    model: str, output: str, data: str, labels: str | None, as_json: bool, quiet: bool, **settings: Any
+) -> None:
+    """Train the parameters of MODEL on labelled samples; the graph stays as it is."""
+    path = files.destination(model, output, in_place=False)
+    assert path is not None
+
+    from onnxopt.model import save
+    from onnxopt.training.finetune import finetune
+
+    with drawing(quiet=quiet) as progress:
+        found = finetune(model, data, labels, progress=progress, **settings)
+    if as_json:
+        from onnxopt.report.json import dump, plain
+
+        click.echo(dump(plain(found.summary)), nl=False)
+    elif not quiet:
+        show(lambda console: _render(found, console))
+    if found.best == 0 or found.is_worse:
+        raise VerificationError(
+            "No epoch did better on the validation samples than the model as it is, so nothing was written; use more "
+            "samples or a lower --learning-rate, or --validation 0 to keep the last epoch unjudged."
+        )
+    save(found.model, path)
+    written().append(str(path))
+
+
+def _render(found: Finetuned, console: Console) -> None:
+    from rich.text import Text
+
+    for sentence in found.sentences():
+        console.print(Text(sentence))

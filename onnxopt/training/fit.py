@@ -1,0 +1,297 @@
+"""The training loop: AdamW on a warm-up and a cosine, early stopping, the best state restored, resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from onnxopt.contract import Progress
+from onnxopt.errors import DataError, UsageError
+from onnxopt.training import safetensors
+from onnxopt.training.trainable import Trainable
+
+Key = tuple[float, ...]
+"""How good a state is: greater is better, the first number that differs decides."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How parameters are optimized.
+
+    Attributes:
+        epochs: Passes over the samples, at most.
+        learning_rate: Of the last layer, at its highest.
+        batch: Samples per step.
+        weight_decay: Decoupled decay of matrices (AdamW, arXiv:1711.05101).
+        warmup: Share of the steps over which the learning rate rises; it then falls along a cosine.
+        layer_decay: Factor of the learning rate from a layer to the one before it (arXiv:1801.06146).
+        clip: Largest norm of all gradients together.
+        patience: Epochs without a better state after which training ends.
+        seed: Of the order of samples and what is random in them.
+    """
+
+    epochs: int
+    learning_rate: float
+    batch: int
+    weight_decay: float
+    warmup: float
+    layer_decay: float
+    clip: float
+    patience: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        checks = {
+            "epochs": self.epochs >= 1,
+            "learning_rate": 0 < self.learning_rate < math.inf,
+            "batch": self.batch >= 1,
+            "weight_decay": self.weight_decay >= 0,
+            "warmup": 0 <= self.warmup < 1,
+            "layer_decay": 0 < self.layer_decay <= 1,
+            "patience": self.patience >= 1,
+            "seed": self.seed >= 0,
+        }
+        for name, fine in checks.items():
+            if not fine:
+                raise UsageError(f"{name} cannot be {getattr(self, name)}.", name)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Return the factor of the learning rate at a step, counted from 0."""
+        rising = round(self.warmup * steps)
+        if step < rising:
+            return (step + 1) / (rising + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
+
+
+class Problem(Protocol):
+    """What is learnt."""
+
+    def __len__(self) -> int:
+        """Return the number of samples to learn from."""
+
+    def losses(
+        self, numbers: np.ndarray, values: Mapping[str, torch.Tensor], rng: np.random.Generator
+    ) -> Iterator[tuple[torch.Tensor, float]]:
+        """Yield losses of parts of a batch, and their weights, which add up to one."""
+
+    def judge(self, values: Mapping[str, torch.Tensor]) -> Key | None:
+        """Return how good parameters are on samples that are not learnt from; None when there are none."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Epoch:
+    """What came out of an epoch.
+
+    Attributes:
+        number: Counted from 1; 0 is the state before training.
+        loss: Mean loss of its batches; NaN for number 0.
+        key: How good the state after it is; empty when nothing judges.
+    """
+
+    number: int
+    loss: float
+    key: Key
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fit:
+    """A finished training.
+
+    Attributes:
+        values: The best parameters.
+        epochs: What came out of each epoch.
+        best: The number of the epoch they are of; 0 when none was better than what was there.
+        resumed: Epochs that a checkpoint had done already.
+    """
+
+    values: dict[str, torch.Tensor]
+    epochs: tuple[Epoch, ...]
+    best: int
+    resumed: int
+
+
+class _State:
+    """What changes from epoch to epoch."""
+
+    def __init__(self, trained: Mapping[str, Trainable], recipe: Recipe) -> None:
+        self.trained = trained
+        groups: dict[tuple[int, bool], list[torch.Tensor]] = {}
+        for each in trained.values():
+            groups.setdefault((each.depth, each.decays), []).append(each.leaf)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {
+                    "params": leaves,
+                    "scale": recipe.learning_rate * recipe.layer_decay**depth,
+                    "weight_decay": recipe.weight_decay if decays else 0.0,
+                }
+                for (depth, decays), leaves in groups.items()
+            ],
+            lr=recipe.learning_rate,
+        )
+        self.epochs: list[Epoch] = []
+        self.best = 0
+        self.best_leaves = self.leaves()
+
+    def leaves(self) -> dict[str, torch.Tensor]:
+        return {name: each.leaf.detach().clone() for name, each in self.trained.items()}
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: each.value() for name, each in self.trained.items()}
+
+    def note(self, epoch: Epoch) -> None:
+        """Add an epoch; keep its leaves when they are the best so far, or when nothing judges."""
+        best = next((e for e in self.epochs if e.number == self.best), None)
+        self.epochs.append(epoch)
+        if best is None or not epoch.key or epoch.key > best.key:
+            self.best, self.best_leaves = epoch.number, self.leaves()
+
+    def save(self, path: Path, key: str) -> None:
+        arrays: dict[str, np.ndarray] = {}
+        for name, each in self.trained.items():
+            arrays[f"value/{name}"] = each.leaf.detach().numpy()
+            arrays[f"best/{name}"] = self.best_leaves[name].numpy()
+            for part, tensor in self.optimizer.state[each.leaf].items():
+                arrays[f"adam/{part}/{name}"] = tensor.numpy()
+        epochs = [[e.number, e.loss, list(e.key)] for e in self.epochs]
+        text = {"run": key, "best": str(self.best), "epochs": json.dumps(epochs)}
+        safetensors.write(path, arrays, text)
+
+    def load(self, path: Path, key: str) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UsageError: If it belongs to another run.
+            DataError: If it cannot be read.
+        """
+        arrays, text = safetensors.read(path)
+        if text.get("run") != key:
+            raise UsageError(
+                f"The checkpoint {path} belongs to a run with another model, data or options; name another file or "
+                "remove it.",
+                "checkpoint",
+            )
+        try:
+            for name, each in self.trained.items():
+                each.leaf.data = _like(arrays[f"value/{name}"], each.leaf)
+                self.best_leaves[name] = _like(arrays[f"best/{name}"], each.leaf)
+                state = {
+                    p: arrays[f"adam/{p}/{name}"]
+                    for p in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adam/{p}/{name}" in arrays
+                }
+                if state:
+                    self.optimizer.state[each.leaf] = {p: torch.from_numpy(a.copy()) for p, a in state.items()}
+            self.epochs = [Epoch(int(n), float(loss), tuple(k)) for n, loss, k in json.loads(text["epochs"])]
+            self.best = int(text["best"])
+        except (KeyError, ValueError, TypeError) as error:
+            raise DataError(f"The checkpoint {path} is damaged: {error}.") from error
+
+
+def _like(array: np.ndarray, leaf: torch.Tensor) -> torch.Tensor:
+    if array.shape != tuple(leaf.shape):
+        raise ValueError(f"an array of shape {list(array.shape)} stands for one of {list(leaf.shape)}")
+    return torch.from_numpy(array.copy()).to(leaf.dtype)
+
+
+def fit(
+    problem: Problem,
+    trained: Mapping[str, Trainable],
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    checkpoint: Path | None = None,
+    key: str = "",
+) -> Fit:
+    """Optimize parameters.
+
+    A run that goes on from a checkpoint gives the same as one that was never interrupted.
+
+    Args:
+        problem: What is learnt.
+        trained: The parameters; their leaves are changed.
+        recipe: How.
+        progress: Told of each epoch.
+        checkpoint: Where the state is kept after each epoch, and taken from when it exists.
+        key: Tells runs apart, so that none goes on from the checkpoint of another.
+
+    Raises:
+        UsageError: If the checkpoint belongs to another run.
+        DataError: If the loss is not finite, or the checkpoint cannot be read.
+    """
+    state = _State(trained, recipe)
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint, key)
+    else:
+        with torch.no_grad():
+            state.note(Epoch(0, math.nan, problem.judge(state.values()) or ()))
+    done = state.epochs[-1].number
+    for number in range(done + 1, recipe.epochs + 1):
+        if state.epochs[-1].key and number - 1 - state.best >= recipe.patience:
+            break
+        progress.stage(f"epoch {number} of {recipe.epochs}{_told(state.epochs[-1])}")
+        loss = _epoch(problem, state, recipe, number, progress)
+        with torch.no_grad():
+            state.note(Epoch(number, loss, problem.judge(state.values()) or ()))
+        if checkpoint is not None:
+            state.save(checkpoint, key)
+    with torch.no_grad():
+        values = {name: each.value(state.best_leaves[name]) for name, each in trained.items()}
+    return Fit(values, tuple(state.epochs), state.best, done)
+
+
+def _epoch(problem: Problem, state: _State, recipe: Recipe, number: int, progress: Progress) -> float:
+    """Go over all samples once; return the mean loss."""
+    rng = np.random.default_rng([recipe.seed, number])
+    order = rng.permutation(len(problem))
+    starts = range(0, len(order), recipe.batch)
+    steps = recipe.epochs * len(starts)
+    total = 0.0
+    for index, start in enumerate(starts):
+        step = (number - 1) * len(starts) + index
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["scale"] * recipe.rate(step, steps)
+        numbers = order[start : start + recipe.batch]
+        total += _step(problem, state, numbers, rng, recipe.clip) * len(numbers)
+        progress.advance()
+    return total / len(order)
+
+
+def _step(problem: Problem, state: _State, numbers: np.ndarray, rng: np.random.Generator, clip: float) -> float:
+    state.optimizer.zero_grad()
+    mean = 0.0
+    # computed anew for every part, because going backwards frees what led to them
+    parts = problem.losses(numbers, _Fresh(state.trained), rng)
+    for loss, weight in parts:
+        (loss * weight).backward()
+        mean += float(loss.detach()) * weight
+    if not math.isfinite(mean):
+        raise DataError("The loss is not finite any more; lower the learning rate, or look for NaN in the data.")
+    leaves: Sequence[Any] = [each.leaf for each in state.trained.values()]
+    torch.nn.utils.clip_grad_norm_(leaves, clip)
+    state.optimizer.step()
+    return mean
+
+
+class _Fresh(dict[str, torch.Tensor]):
+    """The values of parameters, each computed when it is asked for."""
+
+    def __init__(self, trained: Mapping[str, Trainable]) -> None:
+        super().__init__(dict.fromkeys(trained))
+        self._trained = trained
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._trained[name].value()
+
+
+def _told(epoch: Epoch) -> str:
+    if not epoch.key:
+        return "" if math.isnan(epoch.loss) else f", loss {epoch.loss:.4g}"
+    return f", last {epoch.key[0]:.4g} on validation"
