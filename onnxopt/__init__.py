@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from onnxopt.quantize import quantize
     from onnxopt.report.data import Report
     from onnxopt.training.finetune import finetune
+    from onnxopt.transfer import transfer
     from onnxopt.verify import verify
 
 __version__ = "0.1.0"
@@ -53,6 +54,7 @@ _HOMES = {
     "optimize": "onnxopt.optimize",
     "quantize": "onnxopt.quantize",
     "save": "onnxopt.model",
+    "transfer": "onnxopt.transfer",
     "verify": "onnxopt.verify",
 }
 
@@ -78,6 +80,7 @@ __all__ = [
     "optimize",
     "quantize",
     "save",
+    "transfer",
     "verify",
 ]
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"manager", "heads"},
     {"judge", "report", "preview"},
     {"slowness", "ground", "graft", "training"},
-    {"search"},
+    {"search", "transfer"},
     {"optimize"},
     {"quantize", "merge_trunk", "head"},
     {"cli"},

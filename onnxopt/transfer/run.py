@@ -1,0 +1,275 @@
+"""`onnxopt.transfer`: the parameters of one model in the graph of another."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx_ir as ir
+
+from onnxopt import model as models
+from onnxopt.contract import Progress, Silent
+from onnxopt.errors import UsageError
+from onnxopt.feeds import Data, Feed, load_data
+from onnxopt.ground import Source
+from onnxopt.runtime import RunOptions
+from onnxopt.transfer.certify import Finding, Trial, certify
+from onnxopt.transfer.initialize import initialize
+from onnxopt.transfer.match import Pair, match
+from onnxopt.transfer.move import Moved, move
+from onnxopt.transfer.result import Mode, Parameter, Status, Transfer
+from onnxopt.transfer.skeleton import Group, Skeleton
+from onnxopt.transfer.view import Viewer
+
+_TURNS = 2
+"""Orders that layers which swap places are tried in."""
+
+MODES: tuple[Mode, ...] = ("direct", "feature", "structure")
+
+
+def transfer(
+    source: Source,
+    target: Source | None = None,
+    *,
+    mode: Mode = "direct",
+    only: Sequence[str] = (),
+    freeze: Sequence[str] = (),
+    data: str | Data | Sequence[Feed] | None = None,
+    seed: int = 0,
+    shape: Mapping[str, int] | None = None,
+    verify: bool = True,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> Transfer:
+    """Move the parameters of one model into another whose layers correspond, whatever its tensors are called.
+
+    Layers are matched by their place in the graph, never by name or number: another exporter, an optimizer, a quantizer
+    or a retraining changes neither. On the way weights are transposed, split, merged, quantized or restored, and
+    BatchNormalization is folded, as the target's form asks for. A layer without a certain counterpart keeps its own
+    parameters: a wrong match is worse than none.
+
+    Args:
+        source: The model that parameters come from.
+        target: The model that they go to; it is not changed. With mode "structure" there is none.
+        mode: "direct" moves all; "feature" leaves out the linear layers that compute the outputs; "structure" returns
+            the source's graph with new random parameters.
+        only: Glob patterns: of the target's parameters, only those of layers with a name that fits are moved.
+        freeze: Glob patterns of parameters of the target that keep their numbers.
+        data: Inputs of the source to compare outputs on; generated without any.
+        seed: Seeds generated inputs, and the parameters of mode "structure".
+        shape: Sizes of dynamic axes of generated inputs.
+        verify: Whether to run both models and compare. Without it ambiguous matches are not moved.
+        options: Provider, threads and custom operators.
+        progress: Told what is being done.
+
+    Returns:
+        The target with the parameters, and what became of each.
+
+    Raises:
+        UsageError: If the options contradict each other.
+        ModelError: If a model cannot be read.
+    """
+    progress = progress or Silent()
+    if mode not in MODES:
+        raise UsageError(f'There is no mode "{mode}"; there are {", ".join(MODES)}.')
+    if (target is None) != (mode == "structure"):
+        raise UsageError(
+            "Mode structure takes one model, whose parameters are drawn anew."
+            if target is not None
+            else f"Mode {mode} needs two models: one to take parameters from, one to put them into."
+        )
+    progress.stage("loading")
+    origin = models.load(source)
+    if target is None:
+        return initialize(origin, seed, only, freeze)
+    samples = load_data(data, origin) if isinstance(data, str) else data
+    trial = Trial(data=samples, seed=seed, shape=shape, options=options or RunOptions())
+    choice = Choice(mode, tuple(only), tuple(freeze))
+    return _Run(origin, models.load(target), choice, trial, progress).run(verify)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which layers take part.
+
+    Attributes:
+        mode: "direct" or "feature".
+        only: Patterns of names that take part; all without any.
+        freeze: Patterns of names that do not.
+    """
+
+    mode: Mode
+    only: tuple[str, ...]
+    freeze: tuple[str, ...]
+
+    def reasons(self, skeleton: Skeleton) -> dict[int, str]:
+        """Return for each layer that is left out why."""
+        found = {}
+        heads = head_layers(skeleton) if self.mode == "feature" else set()
+        for group in skeleton.layers:
+            names = [v.name or "" for v in group.leaves()]
+            if group.index in heads:
+                found[group.index] = "it is a head, which mode feature leaves out"
+            elif _fits(names, self.freeze):
+                found[group.index] = "it is frozen"
+            elif self.only and not _fits(names, self.only):
+                found[group.index] = "no pattern chose it"
+        return found
+
+    def require_used(self, skeleton: Skeleton) -> None:
+        """Raise a UsageError for a pattern that fits no parameter."""
+        names = [v.name or "" for g in skeleton.layers for v in g.leaves()]
+        for option, patterns in (("only", self.only), ("freeze", self.freeze)):
+            for pattern in patterns:
+                if not fnmatch.filter(names, pattern):
+                    raise UsageError(f'{option} "{pattern}" fits no parameter of the target.', option)
+
+
+def _fits(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(n, p) for n in names for p in patterns)
+
+
+def head_layers(skeleton: Skeleton) -> set[int]:
+    """Return the linear layers that compute outputs of the model, with no other layer in between."""
+    ends = {e.source for g in skeleton.groups if g.kind == "output" for e in g.edges}
+    return {i for i in ends if skeleton.groups[i].kind == "linear"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Attempt:
+    """A target with parameters of the source, and what comparing it showed; None when nothing was compared."""
+
+    model: ir.Model
+    moved: Moved
+    chosen: set[int]
+    finding: Finding | None
+
+
+class _Run:
+    def __init__(self, source: ir.Model, target: ir.Model, choice: Choice, trial: Trial, progress: Progress) -> None:
+        progress.stage("matching")
+        self._source = Viewer(source).view()
+        self._target = Viewer(target).view()
+        choice.require_used(self._target)
+        self._choice, self._trial, self._progress = choice, trial, progress
+        self._pairs = match(self._source, self._target)
+        self._left_out = choice.reasons(self._target)
+        self._dropped: set[int] = set()
+
+    def run(self, verify: bool) -> Transfer:
+        """Move what is sure, and what is not when outputs confirm it."""
+        confirmed: set[int] = set()
+        unsure = self._of_confidence(ambiguous=True)
+        attempt = None
+        if unsure and verify:
+            attempt, confirmed = self._confirm(unsure)
+        dropped: set[int] = set()
+        exact = {p.target.index for p in self._pairs if p.confidence == "exact"}
+        while attempt is None:
+            attempt = self._try((self._of_confidence(ambiguous=False) | confirmed) - dropped, verify)
+            wrong = attempt.finding.wrong - dropped - exact if attempt.finding is not None else set()
+            if wrong:
+                dropped |= wrong
+                attempt = None
+        self._dropped = dropped
+        finding = attempt.finding
+        return Transfer(
+            attempt.model,
+            self._choice.mode,
+            tuple(self._parameters(attempt.moved, unsure, confirmed)),
+            self._unused(attempt.moved, attempt.chosen),
+            None if finding is None else finding.certificate,
+            self._notes(attempt.moved),
+        )
+
+    def _of_confidence(self, *, ambiguous: bool) -> set[int]:
+        found = {p.target.index for p in self._pairs if (p.confidence == "ambiguous") == ambiguous}
+        return found - self._left_out.keys()
+
+    def _confirm(self, unsure: set[int]) -> tuple[_Attempt | None, set[int]]:
+        """Return an attempt with ambiguous matches whose outputs all agree, or else those whose own values do."""
+        for turn in range(_TURNS):
+            self._pairs = match(self._source, self._target, turn)
+            attempt = self._try(self._of_confidence(ambiguous=False) | unsure, True)
+            assert attempt.finding is not None
+            if attempt.finding.certificate.verdict == "equal":
+                return attempt, unsure
+            if attempt.finding.consistent:
+                return None, unsure & attempt.finding.equal
+        return None, set()
+
+    def _try(self, chosen: set[int], verify: bool) -> _Attempt:
+        self._progress.stage("moving parameters")
+        model = self._target.model.clone()
+        model.meta.update(self._target.model.meta)
+        moved = move(self._source, model, self._pairs, chosen)
+        if not verify:
+            return _Attempt(model, moved, chosen, None)
+        self._progress.stage("comparing outputs")
+        # What was moved may have been given biases: the values to compare are those of the graph as it is.
+        moved = dataclasses.replace(moved, skeleton=Viewer(model).view())
+        through = chosen - moved.failed.keys()
+        pairs = [
+            Pair(p.source, moved.skeleton.groups[p.target.index], p.confidence)
+            for p in self._pairs
+            if p.target.index in through
+        ]
+        return _Attempt(model, moved, chosen, certify(self._source, model, moved, pairs, self._trial))
+
+    def _parameters(self, moved: Moved, unsure: set[int], confirmed: set[int]) -> Iterable[Parameter]:
+        """Yield what became of the target's parameters; the worst that befell any layer that uses one."""
+        by_target = {p.target.index: p for p in self._pairs}
+        worst: dict[str, Parameter] = {}
+        order: tuple[Status, ...] = ("exact", "aligned", "ambiguous", "left out", "unmatched")
+        for group in self._target.layers:
+            status, reason = self._status(group, by_target.get(group.index), moved, unsure, confirmed)
+            pair = by_target.get(group.index)
+            sources = tuple(v.name or "" for v in pair.source.leaves()) if pair is not None else ()
+            for leaf in group.leaves():
+                tensor = leaf.const_value
+                found = Parameter(
+                    leaf.name or "",
+                    0 if tensor is None else int(tensor.size),
+                    status,
+                    status == "ambiguous" and not reason,
+                    sources,
+                    moved.how.get(group.index, ""),
+                    reason,
+                )
+                known = worst.get(found.name)
+                if known is None or order.index(known.status) < order.index(status):
+                    worst[found.name] = found
+        return worst.values()
+
+    def _status(
+        self, group: Group, pair: Pair | None, moved: Moved, unsure: set[int], confirmed: set[int]
+    ) -> tuple[Status, str]:
+        if group.index in self._left_out:
+            return "left out", self._left_out[group.index]
+        if pair is None:
+            return "unmatched", "no layer of the source has its place"
+        if group.index in moved.failed:
+            return "unmatched", moved.failed[group.index]
+        if group.index in self._dropped:
+            return "unmatched", "on the same inputs it computes something else than its counterpart in the source"
+        if group.index in unsure and group.index not in confirmed:
+            return "ambiguous", "other layers have the same place, and outputs did not confirm the order they come in"
+        return pair.confidence, ""
+
+    def _unused(self, moved: Moved, chosen: set[int]) -> tuple[str, ...]:
+        used = {v for p in self._pairs if p.target.index in chosen - moved.failed.keys() for v in p.source.leaves()}
+        return tuple(dict.fromkeys(v.name or "" for g in self._source.layers for v in g.leaves() if v not in used))
+
+    def _notes(self, moved: Moved) -> tuple[str, ...]:
+        notes = []
+        if moved.added:
+            notes.append(f"{moved.added} layers of the target had no bias and were given one.")
+        if moved.unshared:
+            notes.append(
+                f"{moved.unshared} parameters that layers of the target shared were stored apart, because the source "
+                "has different ones there."
+            )
+        if self._choice.mode == "feature" and not head_layers(self._target):
+            notes.append("No linear layer computes an output of the target, so that nothing was left out as its head.")
+        return tuple(notes)
