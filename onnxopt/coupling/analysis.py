@@ -9,6 +9,7 @@ head, a neuron, a hidden unit. Units that run through the same axes compete with
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Mapping
 
@@ -92,7 +93,7 @@ class Group:
         return sum(int((m.units >= 0).sum()) * (m.tensor.size // len(m.units)) for m in self.members)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Coupling:
     """What `analyse` found. Valid for the model it was made of, until axes change.
 
@@ -118,13 +119,22 @@ class Coupling:
     opset: int
     shapes: Shapes
 
+    def size(self, value: ir.Value, axis: int) -> int | None:
+        """Return the size of an axis, or None when it is not known."""
+        found = self._places.get((value, axis))
+        return None if found is None else found.size
+
     def frozen(self, value: ir.Value, axis: int) -> str | None:
         """Return why no index of an axis can be removed, or None when at least one can."""
-        for found in self.axes:
-            if found.value is value and found.axis == axis:
-                reasons = self.reasons[found.first : found.first + found.size]
-                return self.texts[reasons[0]] if len(reasons) and (reasons >= 0).all() else None
-        return "its size is not known"
+        found = self._places.get((value, axis))
+        if found is None:
+            return "its size is not known"
+        reasons = self.reasons[found.first : found.first + found.size]
+        return self.texts[reasons[0]] if len(reasons) and (reasons >= 0).all() else None
+
+    @functools.cached_property
+    def _places(self) -> Mapping[tuple[ir.Value, int], Axis]:
+        return {(axis.value, axis.axis): axis for axis in self.axes}
 
 
 def analyse(model: ir.Model, shapes: Shapes | None = None) -> Coupling:
@@ -151,6 +161,7 @@ def analyse(model: ir.Model, shapes: Shapes | None = None) -> Coupling:
     labels = partition.labels
     reasons = partition.reasons_of(np.arange(builder.size, dtype=np.int64))
     axes = tuple(builder.axes)
+    _keep_one_of_each(axes, labels, reasons, builder.reasons)
     groups = _groups(axes, labels, reasons, builder.sinks)
     return Coupling(
         axes,
@@ -163,6 +174,17 @@ def analyse(model: ir.Model, shapes: Shapes | None = None) -> Coupling:
         opset,
         shapes,
     )
+
+
+def _keep_one_of_each(axes: tuple[Axis, ...], labels: Ints, reasons: Ints, texts: list[str]) -> None:
+    """Freeze units that some axis consists of: nothing would be left of it."""
+    firsts = np.array([axis.first for axis in axes if axis.size], np.int64)
+    if not len(firsts):
+        return
+    low, high = np.minimum.reduceat(labels, firsts), np.maximum.reduceat(labels, firsts)
+    alone = np.isin(labels, low[low == high]) & (reasons < 0)
+    reasons[alone] = len(texts)
+    texts.append("an axis consists of nothing else")
 
 
 def _follow(builder: Builder, node: ir.Node, model: ir.Model) -> None:

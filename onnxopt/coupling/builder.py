@@ -40,11 +40,13 @@ class Sink:
         node: The node.
         index: Which of its inputs: the weight where it has one.
         axis: The axis of this input.
+        other: The input and its axis that it is multiplied by, where that is a value of the graph.
     """
 
     node: ir.Node
     index: int
     axis: int
+    other: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -160,6 +162,8 @@ class Builder:
         found = Axis(value, axis, self.size, dim)
         self.size += dim
         self.axes.append(found)
+        if dim == 1:
+            self.freeze_ids(as_ints([found.first]), "it is the only index of an axis")
         return found
 
     # What rules say ---------------------------------------------------------------------------------------
@@ -212,9 +216,9 @@ class Builder:
         """Some indexes must stay."""
         self._frozen.append((ids, self._reason(reason)))
 
-    def sink(self, node: ir.Node, index: int, axis: int) -> None:
-        """Products are summed up along an axis of an input."""
-        self.sinks.append(Sink(node, index, axis))
+    def sink(self, node: ir.Node, index: int, axis: int, other: tuple[int, int] | None = None) -> None:
+        """Products are summed up along an axis of an input and one of another input."""
+        self.sinks.append(Sink(node, index, axis, other))
 
     def choose(self, node: ir.Node, ways: Sequence[Way]) -> None:
         """Follow the first of the ways that leaves two or more sets that can be removed."""

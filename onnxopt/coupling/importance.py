@@ -36,9 +36,14 @@ def weighed(group: Group) -> tuple[Member, ...]:
 
 def squared_norms(member: Member, units: int) -> Scores:
     """Return the sum of the squares of a constant by the units that its elements belong to, (units,)."""
+    inside = member.units >= 0
+    scores: Scores = np.bincount(member.units[inside], index_norms(member)[inside], minlength=units).astype(np.float64)
+    return scores
+
+
+def index_norms(member: Member) -> Scores:
+    """Return the sum of the squares of a constant at each index of the axis, (size,)."""
     array: npt.NDArray[Any] = member.tensor.numpy()
     rows = np.moveaxis(array, member.axis, 0).reshape(len(member.units), -1).astype(np.float32, copy=False)
-    norms = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
-    inside = member.units >= 0
-    scores: Scores = np.bincount(member.units[inside], norms[inside], minlength=units).astype(np.float64)
-    return scores
+    norms: Scores = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
+    return norms

@@ -128,7 +128,7 @@ def matmul(builder: Builder, node: ir.Node) -> None:
                 if builder.shape(value)[axis] != 1 or builder.shape(output)[axis + shift] == 1:
                     builder.tie(value, axis, output, axis + shift)
     index = 0 if is_constant(left) and not is_constant(right) else 1
-    builder.sink(node, index, inner[index])
+    builder.sink(node, index, inner[index], (1 - index, inner[1 - index]))
 
 
 def gemm(builder: Builder, node: ir.Node) -> None:
@@ -141,7 +141,7 @@ def gemm(builder: Builder, node: ir.Node) -> None:
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         builder.broadcast(node.inputs[2], output)
     index = 0 if is_constant(left) and not is_constant(right) else 1
-    builder.sink(node, index, inner[index])
+    builder.sink(node, index, inner[index], (1 - index, inner[1 - index]))
 
 
 def einsum(builder: Builder, node: ir.Node) -> None:

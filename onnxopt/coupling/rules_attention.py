@@ -108,7 +108,7 @@ def projected_attention(builder: Builder, node: ir.Node) -> None:
             builder.link(rows, shared[:, None])
             start += size
     builder.tie(data, 2, weight, 0)
-    builder.sink(node, 1, 0)
+    builder.sink(node, 1, 0, (0, 2))
     _bare(builder, node, 3, *free)
     builder.rewrites.append(SetCount(node, (output,), "num_heads", 2, builder.sizes(output, 2)[0] // count))
     builder.rewrites.append(SetCounts(node, (weight,), "qkv_hidden_sizes", 1, tuple(sizes)))

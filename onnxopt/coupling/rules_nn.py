@@ -30,7 +30,7 @@ def conv(builder: Builder, node: ir.Node) -> None:
     if groups == 1:
         builder.tie(data, 1, weight, own_in)
         builder.tie(output, 1, weight, own_out)
-        builder.sink(node, 1, own_in)
+        builder.sink(node, 1, own_in, (0, 1))
         return
     rows = builder.known_ids(weight, 0)
     if groups == len(sources):  # depthwise: each channel makes its own ones
@@ -49,7 +49,7 @@ def conv(builder: Builder, node: ir.Node) -> None:
         builder.link(sources.reshape(groups, -1), inside[None])
         builder.link(results, outside)
         builder.link(outside.reshape(groups, -1), outside[None, : len(outside) // groups])
-    builder.sink(node, 1, own_in)
+    builder.sink(node, 1, own_in, (0, 1))
 
 
 def _freeze_places(builder: Builder, node: ir.Node, data: ir.Value, output: ir.Value, weight: ir.Value | None) -> None:
@@ -131,7 +131,7 @@ def recurrent(builder: Builder, node: ir.Node) -> None:
     builder.tie(data, 2, weight, 2)
     builder.known_ids(weight, 1)  # the weight, which comes first, gives the group its name
     units = builder.known_ids(inner, 2)
-    builder.sink(node, 1, 2)
+    builder.sink(node, 1, 2, (0, 2))
     builder.sink(node, 2, 2)
     per_unit = [(weight, 1, gates), (inner, 1, gates), (_optional(node, 3), 1, 2 * gates), (_optional(node, 7), 1, 3)]
     per_unit += [(_optional(node, index), 2, 1) for index in (5, 6)]
@@ -223,7 +223,7 @@ def fused_matmul(builder: Builder, node: ir.Node) -> None:
     for value in (left, right):
         builder.broadcast(value, output, last=2)
     index = 0 if constant_array(left) is not None and constant_array(right) is None else 1
-    builder.sink(node, index, inner[index])
+    builder.sink(node, index, inner[index], (1 - index, inner[1 - index]))
 
 
 RULES: Mapping[str, Rule] = {
