@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
-from onnxopt.coupling import importance
+from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
+from onnxopt.coupling.activity import activation, observe
 from onnxopt.coupling.analysis import Coupling, Group, analyse
+from onnxopt.coupling.importance import Scores, magnitude
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, least_important, rounded
 from onnxopt.coupling.sharing import copy_apart, shared_vectors
@@ -31,6 +32,8 @@ class PruneChannels(GraphPass):
         ratio: The part of the channels of each layer that goes, above 0 and below 1.
         multiple: What is left of a layer is a multiple of this where the layer is wide enough, because kernels
             compute that many channels at once; of halves of it where it is narrower. From 1 to 1024.
+        importance: What makes a channel important. "magnitude": the norm of all that it consists of. "activation": what
+            it brings into the layers behind it, by the variance that it has on the data.
         min_channels: No layer gets narrower than this. Layers of whole blocks, such as heads, may go down to one.
     """
 
@@ -39,6 +42,7 @@ class PruneChannels(GraphPass):
 
     ratio: float = 0.5
     multiple: int = 8
+    importance: Literal["magnitude", "activation"] = "magnitude"
     min_channels: int = 4
 
     def __post_init__(self) -> None:
@@ -51,8 +55,18 @@ class PruneChannels(GraphPass):
             raise UsageError(f"prune-channels: ratio is {self.ratio}; use a number above 0 and below 1.")
         if not 1 <= self.multiple <= MAX_MULTIPLE:
             raise UsageError(f"prune-channels: multiple is {self.multiple}; use 1 to {MAX_MULTIPLE}.")
+        if self.importance not in ("magnitude", "activation"):
+            raise UsageError(f'prune-channels: importance is "{self.importance}"; use magnitude or activation.')
         if self.min_channels < 1:
             raise UsageError(f"prune-channels: min_channels is {self.min_channels}; use 1 or more.")
+
+    def wants_data(self) -> bool:
+        """Return whether data says what is important."""
+        return self.importance == "activation"
+
+    def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
+        """Return why the pass does not apply."""
+        return NEEDS_DATA if self.importance == "activation" and ctx.calibration is None else None
 
     def caveat(self) -> str:
         """Say that accuracy is to be repaired."""
@@ -68,6 +82,7 @@ class PruneChannels(GraphPass):
             yield Edit(site, summary, functools.partial(copy_apart, model, shared))
             coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
+        scores = self._scores(model, coupling, ctx)
         removal = Removal(model, coupling)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         for group in coupling.groups:
@@ -76,7 +91,7 @@ class PruneChannels(GraphPass):
             if keep >= group.units:
                 yield Refusal(site, f"its {group.units} {units(group)} are too few to remove any")
                 continue
-            gone = least_important(importance.magnitude(group), group.units - keep)
+            gone = least_important(scores(group), group.units - keep)
             yield Edit(
                 site,
                 f"{group.units} to {keep} {units(group)}",
@@ -84,6 +99,18 @@ class PruneChannels(GraphPass):
                 (Width(group.name, group.units, keep),),
                 removal.zeroed,
             )
+
+    def _scores(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Callable[[Group], Scores]:
+        """Return what says how important the units of a group are; by magnitude where no data reached them."""
+        if self.importance == "magnitude" or ctx.calibration is None:
+            return magnitude
+        seen = observe(model, coupling, ctx.calibration)
+
+        def scores(group: Group) -> Scores:
+            found = activation(group, coupling, seen)
+            return magnitude(group) if found is None else found
+
+        return scores
 
     def _keep(self, group: Group) -> int:
         """Return how many units of a group stay."""

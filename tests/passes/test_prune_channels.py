@@ -9,6 +9,7 @@ from click.testing import CliRunner
 import onnxopt
 from onnxopt import model as models
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
 from onnxopt.contract import Context, Edit, Refusal, Width
 from onnxopt.coupling.removal import Removal
@@ -91,7 +92,7 @@ def test_widths(wanted, width, multiple, left):
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"ratio": 0.0}, "ratio is 0.0"), ({"ratio": 1.0}, "ratio is 1.0"), ({"multiple": 0}, "multiple is 0"),
-     ({"min_channels": 0}, "min_channels is 0")],
+     ({"importance": "age"}, "importance is"), ({"min_channels": 0}, "min_channels is 0")],
 )  # fmt: skip
 def test_options(options, message):
     with pytest.raises(UsageError, match=message):
@@ -128,6 +129,53 @@ def test_vectors_that_layers_share_are_copied_where_that_frees_channels():
     assert list(model.graph.initializers["w"].const_value.shape) == [16, 8]
     _, alone = optimize(two_layers({"c": "c", "e": "e"}))
     assert [edit.summary for edit in alone.applied] == ["16 to 8 channels"]
+
+
+def calibrated(model, feeds):
+    data = calibration(feeds, real=True)
+    return Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model), calibration=data)
+
+
+def test_neurons_that_data_never_moves_go_first():
+    model = mlp(
+        w=np.concatenate([np.full((16, 32), 9, np.float32), np.ones((16, 32), np.float32)], axis=1),
+        b=np.concatenate([np.full(32, -1000, np.float32), np.zeros(32, np.float32)]),
+    )
+    rng = np.random.default_rng(0)
+    ctx = calibrated(model, [{"x": rng.uniform(0, 1, (2, 16)).astype(np.float32)} for _ in range(4)])
+    (edit,) = (e for e in PruneChannels(importance="activation").run(model, ctx) if isinstance(e, Edit))
+    edit.apply()
+    np.testing.assert_array_equal(model.graph.initializers["b"].const_value.numpy(), np.zeros(32, np.float32))
+
+
+def test_without_data_activations_say_nothing():
+    model = mlp()
+    ctx = Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model))
+    assert "real inputs" in PruneChannels(importance="activation").skip_reason(model, ctx)
+    assert PruneChannels(importance="activation").wants_data()
+    assert PruneChannels().skip_reason(model, ctx) is None
+
+
+def test_activations_of_grouped_convolutions_and_hidden_units():
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 17]> agraph (float[1,3,4,4] x) => (float[16,1,2] y) '
+        "{ a = Conv(x, w) b = Conv <group = 2> (a, u) c = Reshape(b, s) h, l = GRU <hidden_size = 6> (c, gw, gr) "
+        "q = Squeeze(h, one) y = MatMul(q, v) }"
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"w": (8, 3, 1, 1), "u": (12, 4, 1, 1), "gw": (1, 18, 12), "gr": (1, 18, 6), "v": (6, 2)}
+    arrays = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    arrays |= {"s": np.array([16, 1, 12]), "one": np.array([1])}
+    for name, array in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model = ir.from_proto(proto)
+    ctx = calibrated(model, [{"x": rng.normal(size=(1, 3, 4, 4)).astype(np.float32)}])
+    edits = []
+    for item in PruneChannels(importance="activation", min_channels=1).run(model, ctx):
+        if isinstance(item, Edit):
+            item.apply()
+            edits.append(item.site.output)
+    assert edits == ["w", "gw"]
 
 
 def test_the_original_is_not_written_into():
