@@ -9,10 +9,13 @@ For every block and the backbone of every .onnx in the folders (models/ and mode
 - graft it from the same model after the lossless recipe, which fuses and renames, and the other way round: the outputs
   must be those of the host within 1e-3 of their range;
 - graft it from another export of the same model where the folder has one (NAME_legacy, NAME_noopt), both ways. Where
-  both exports hold the same weights, the outputs must be the same too.
+  both exports hold the same weights, the outputs must be the same too;
+- where the model is in opset 11 or older: graft it into the same model in opset 20;
+- where activations have four axes: graft the block in half precision, and with channels last (with Transposes at both
+  ends), which takes adapters. Outputs within 1e-3 of their range; 3e-2 in half precision.
 
-For every node of those ONNX backend tests that have more than one node, or bodies that may capture values: extract it,
-and graft it onto itself. "Wrong" is what was certified and fails these demands, which the certificate does not know
+For every node of those ONNX backend tests that have bodies, which may capture values, and of one in --every others that
+have more than one node: extract it, and graft it onto itself. "Wrong" is what was certified and fails these demands, which the certificate does not know
 of, and whatever ends in anything but a refusal. The bar: 95% certified, none wrong.
 """
 
@@ -29,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 from backend import variants
 
@@ -36,20 +40,36 @@ import onnxopt
 from onnxopt.contract import Silent
 from onnxopt.errors import OnnxOptError
 from onnxopt.graft.blocks import blocks
-from onnxopt.graft.cut import Backbone, Block, Cut, Flow, Nodes, resolve
+from onnxopt.graft.cut import Backbone, Block, Cut, Flow, Nodes, Tensors, resolve
 from onnxopt.graft.extraction import prove
 from onnxopt.graft.probe import Probe, distance, find_feeds
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.slicing import Types, standalone
 from onnxopt.graft.transplant import Grafting, Request
 from onnxopt.graph import bodies
+from onnxopt.model import model_bytes
+from onnxopt.opset import convert_opset
 from onnxopt.runtime import RunOptions
 
 ROOT = Path(__file__).parent.parent
 FEEDS = 2
+LARGE = 50_000_000
+"""Models of so many bytes and more are run on one set of inputs only."""
 OTHER_EXPORT = 1e-3
 BAR = 0.95
-KINDS = ("extract", "onto itself", "optimized", "other export", "extract (backend)", "onto itself (backend)")
+HALF_PRECISION = 3e-2
+OLD, NEW = 11, 20
+KINDS = (
+    "extract",
+    "onto itself",
+    "optimized",
+    "other export",
+    "older opset",
+    "half precision",
+    "channels last",
+    "extract (backend)",
+    "onto itself (backend)",
+)
 EXPORTS = re.compile(r"(_legacy|_noopt)?\.onnx$")
 
 
@@ -102,7 +122,8 @@ class Subject:
     def __init__(self, name: str, model: ir.Model, feeds: list[dict[str, object]] | None = None) -> None:
         self.name = name
         self.model = model
-        found = find_feeds(model, None, RunOptions())[:FEEDS] if feeds is None else feeds
+        count = 1 if model_bytes(model) >= LARGE else FEEDS
+        found = find_feeds(model, None, RunOptions())[:count] if feeds is None else feeds
         self.probe = Probe(model, found)
         self.flow = Flow(model)
         self.types = Types(model)
@@ -118,6 +139,10 @@ class Subject:
         request = Request(
             self.model, donor.model, cut, None, cut, 1, "allow" if adapters else "none", self.probe.options
         )
+        return self.carry_out(request, allowed)
+
+    def carry_out(self, request: Request, allowed: float) -> str:
+        """Graft something into the model; return how outputs move more than is allowed."""
         done = Grafting(request, self.probe, None, Silent()).run()
         moved = [c for c in done.certificate.changed if not c.relative <= allowed]
         return "; ".join(f"{c.name} moved by {c.relative:.1e}" for c in moved)
@@ -149,6 +174,9 @@ def real(paths: list[Path], tallies: dict[str, Tally]) -> None:
         _alone(subject, cuts, tallies["extract"], tallies["onto itself"])
         fused = onnxopt.optimize(subject.model, verify=False, measure=False).model
         _exchange(subject, Subject(f"optimized {path.name}", fused, subject.probe.feeds), tallies["optimized"])
+        if subject.model.opset_imports[""] <= OLD:
+            _older(subject, cuts, tallies["older opset"])
+        _interfaces(subject, cuts, tallies)
         exports = {p: s for p, s in exports.items() if EXPORTS.sub("", p.name) == EXPORTS.sub("", path.name)}
         for donor in exports.values():
             _exchange(subject, donor, tallies["other export"])
@@ -166,6 +194,96 @@ def _alone(subject: Subject, cuts: list[Cut], extracted: Tally, grafted: Tally) 
         label = f"{subject.name} {cut}"
         extracted.add(label, lambda c=cut: subject.extract(c))
         grafted.add(label, lambda c=cut: subject.graft(subject, c, 0.0, adapters=False))
+
+
+def _older(subject: Subject, cuts: list[Cut], tally: Tally) -> None:
+    """Graft every block into the same model in a newer opset."""
+    try:
+        host = Subject(subject.name, convert_opset(subject.model, NEW), subject.probe.feeds)
+        host.prefetch(cuts)
+    except OnnxOptError as error:
+        print(f"  {subject.name} cannot be converted: {error}", flush=True)
+        return
+    for cut in cuts:
+        label = f"{subject.name} {cut} into opset {NEW}"
+        tally.add(label, lambda c=cut: host.graft(subject, c, OTHER_EXPORT, adapters=False))
+
+
+def _interfaces(subject: Subject, cuts: list[Cut], tallies: dict[str, Tally]) -> None:
+    """Graft blocks of four axes in half precision and with channels last."""
+    for cut in cuts[:-1]:
+        part = resolve(subject.model, cut, subject.flow)
+        alone = standalone(part, subject.types)
+        ends = [*alone.graph.inputs, *alone.graph.outputs]
+        ends = [v for v in ends if not v.is_initializer()]
+        if len(ends) != 2 or any(v.shape is None or len(v.shape) != 4 or v.dtype != ir.DataType.FLOAT for v in ends):
+            continue
+        for kind, change, allowed in (
+            ("half precision", halved, HALF_PRECISION),
+            ("channels last", channels_last, OTHER_EXPORT),
+        ):
+            donor = change(alone)
+            names = (donor.graph.inputs[0].name or "", donor.graph.outputs[0].name or "")
+            inside = Tensors((part.inputs[0].name or "",), (part.outputs[0].name or "",))
+            request = Request(
+                subject.model,
+                donor,
+                inside,
+                None,
+                Tensors(names[:1], names[1:]),
+                1,
+                "allow",
+                subject.probe.options,
+            )
+            tallies[kind].add(f"{subject.name} {cut} {kind}", lambda r=request, a=allowed: subject.carry_out(r, a))
+
+
+def halved(model: ir.Model) -> ir.Model:
+    """Return a model that computes in half precision."""
+    copy = model.clone()
+    graph = copy.graph
+    for value in graph.initializers.values():
+        if value.const_value is not None and value.const_value.dtype == ir.DataType.FLOAT:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float16), name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+        if value.dtype == ir.DataType.FLOAT:
+            value.type = ir.TensorType(ir.DataType.FLOAT16)
+    for node in graph:
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR and attribute.as_tensor().dtype == ir.DataType.FLOAT:
+                half = ir.tensor(attribute.as_tensor().numpy().astype(np.float16))
+                node.attributes[name] = ir.AttrTensor(name, half)
+            elif name in ("value_float", "value_floats"):
+                half = ir.tensor(np.asarray(attribute.value, np.float16))
+                node.attributes.pop(name)
+                node.attributes["value"] = ir.AttrTensor("value", half)
+            elif name == "to" and attribute.as_int() == ir.DataType.FLOAT:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT16))
+    return copy
+
+
+def channels_last(model: ir.Model) -> ir.Model:
+    """Return a model of an input and an output with four axes that takes and gives channels at the end."""
+    copy = model.clone()
+    graph = copy.graph
+    source, result = next(v for v in graph.inputs if not v.is_initializer()), graph.outputs[0]
+    outer = ir.Value(name="channels_last", type=source.type, shape=_moved(source.shape))
+    first = ir.node("Transpose", [outer], {"perm": [0, 3, 1, 2]}, name="first")
+    first.outputs[0].name, first.outputs[0].type, first.outputs[0].shape = "first_output", source.type, source.shape
+    last = ir.node("Transpose", [result], {"perm": [0, 2, 3, 1]}, name="last")
+    last.outputs[0].name, last.outputs[0].type = "last_output", result.type
+    last.outputs[0].shape = _moved(result.shape)
+    source.replace_all_uses_with(first.outputs[0])
+    graph.inputs[list(graph.inputs).index(source)] = outer
+    graph.insert_before(next(iter(graph)), first)
+    graph.append(last)
+    graph.outputs[0] = last.outputs[0]
+    return copy
+
+
+def _moved(shape: ir.Shape | None) -> ir.Shape | None:
+    return None if shape is None else ir.Shape([shape[0], shape[2], shape[3], shape[1]])
 
 
 def _exchange(one: Subject, other: Subject, tally: Tally) -> None:
@@ -193,16 +311,20 @@ def _equal(one: Subject, other: Subject) -> bool:
     return all(distance(n, one.probe.values(names), renamed).relative < OTHER_EXPORT for n in names)
 
 
-def backend() -> Iterator[tuple[Subject, list[Cut]]]:
+def backend(every: int) -> Iterator[tuple[Subject, list[Cut]]]:
     """Yield those backend tests whose nodes lie in a graph that is more than the node."""
+    others = 0
     for variant in variants():
         try:
             model = onnxopt.load(variant.model)
             nodes = list(model.graph)
-            if len(nodes) < 2 and not any(next(bodies(n), None) for n in nodes):
-                continue
+            if not any(next(bodies(n), None) for n in nodes):
+                others += len(nodes) > 1
+                if len(nodes) < 2 or others % every:
+                    continue
             subject = Subject(variant.name, model, [variant.feed])
-            cuts: list[Cut] = [Nodes(glob.escape(next(v.name for v in n.outputs if v.name))) for n in nodes]
+            varying = [n for n in nodes if n.outputs and n.outputs[0] in subject.flow.varying]
+            cuts: list[Cut] = [Nodes(glob.escape(next(v.name for v in n.outputs if v.name))) for n in varying]
             subject.prefetch(cuts)
         except (OnnxOptError, StopIteration):
             continue  # the runtime has no kernel for it
@@ -215,11 +337,12 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "models", ROOT / "models" / "fetched"])
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--no-backend", action="store_true")
+    parser.add_argument("--every", type=int, default=20, help="of backend tests without bodies, one in so many")
     args = parser.parse_args()
     tallies = {name: Tally() for name in KINDS}
     real([p for f in args.folders for p in sorted(f.glob("*.onnx")) if args.only in p.name], tallies)
     if not args.no_backend:
-        for subject, cuts in backend():
+        for subject, cuts in backend(args.every):
             _alone(subject, cuts, tallies["extract (backend)"], tallies["onto itself (backend)"])
     missed = False
     for name, tally in tallies.items():
