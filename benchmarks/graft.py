@@ -1,6 +1,6 @@
 """Cut and paste on every block of real models and every node of the ONNX backend tests: certified, refused or wrong.
 
-Usage: python benchmarks/graft.py [--only WORD] [--no-backend] [FOLDER ...]
+Usage: python benchmarks/graft.py [--only WORD] [--alone] [--no-backend] [FOLDER ...]
 
 For every block and the backbone of every .onnx in the folders (models/ and models/fetched/ by default):
 
@@ -126,7 +126,7 @@ class Subject:
         found = find_feeds(model, None, RunOptions())[:count] if feeds is None else feeds
         self.probe = Probe(model, found)
         self.flow = Flow(model)
-        self.types = Types(model)
+        self.types = Types(model, self.probe)
 
     def extract(self, cut: Cut) -> str:
         """Cut a part out and prove it."""
@@ -159,7 +159,7 @@ class Subject:
         self.probe.values(names)
 
 
-def real(paths: list[Path], tallies: dict[str, Tally]) -> None:
+def real(paths: list[Path], tallies: dict[str, Tally], *, alone: bool) -> None:
     """Sweep over real models."""
     exports: dict[Path, Subject] = {}
     for path in paths:
@@ -172,6 +172,9 @@ def real(paths: list[Path], tallies: dict[str, Tally]) -> None:
             print(f"{path.name}: does not run here: {error}", flush=True)
             continue
         _alone(subject, cuts, tallies["extract"], tallies["onto itself"])
+        print(f"{path.name}: {len(cuts)} cuts, {time.perf_counter() - start:.0f} s", flush=True)
+        if alone:
+            continue
         fused = onnxopt.optimize(subject.model, verify=False, measure=False).model
         _exchange(subject, Subject(f"optimized {path.name}", fused, subject.probe.feeds), tallies["optimized"])
         if subject.model.opset_imports[""] <= OLD:
@@ -181,7 +184,6 @@ def real(paths: list[Path], tallies: dict[str, Tally]) -> None:
         for donor in exports.values():
             _exchange(subject, donor, tallies["other export"])
         exports[path] = subject
-        print(f"{path.name}: {len(cuts)} cuts, {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def _cuts(subject: Subject) -> list[Cut]:
@@ -337,10 +339,12 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, default=[ROOT / "models", ROOT / "models" / "fetched"])
     parser.add_argument("--only", default="", help="only models whose name contains this")
     parser.add_argument("--no-backend", action="store_true")
+    parser.add_argument("--alone", action="store_true", help="extract, and graft onto itself, nothing else")
     parser.add_argument("--every", type=int, default=20, help="of backend tests without bodies, one in so many")
     args = parser.parse_args()
     tallies = {name: Tally() for name in KINDS}
-    real([p for f in args.folders for p in sorted(f.glob("*.onnx")) if args.only in p.name], tallies)
+    paths = [p for f in args.folders for p in sorted(f.glob("*.onnx")) if args.only in p.name]
+    real(paths, tallies, alone=args.alone)
     if not args.no_backend:
         for subject, cuts in backend(args.every):
             _alone(subject, cuts, tallies["extract (backend)"], tallies["onto itself (backend)"])

@@ -17,7 +17,7 @@ from onnxopt.graft.certificate import SCHEMA_VERSION, ExtractCertificate, files_
 from onnxopt.graft.cut import Cut, Part, parse_cut, resolve
 from onnxopt.graft.probe import Match, Probe, find_feeds, matches, run
 from onnxopt.graft.reasons import RefusedError
-from onnxopt.graft.slicing import standalone
+from onnxopt.graft.slicing import Types, standalone
 from onnxopt.runtime import RunOptions
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -71,11 +71,11 @@ def extract(
     progress.stage("cutting")
     source = models.load(model)
     part = resolve(source, parse_cut(cut) if isinstance(cut, str) else cut)
-    alone = standalone(part)
     options = options or RunOptions()
     samples = load_data(data, source) if isinstance(data, (str, os.PathLike)) else data
     progress.stage("running the model")
     probe = Probe(source, find_feeds(source, samples, options, seed=seed, shape=shape), options)
+    alone = standalone(part, Types(source, probe))
     progress.stage("comparing")
     proof = prove(part, alone, probe)
     certificate = ExtractCertificate(

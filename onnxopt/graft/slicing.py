@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.graft.cut import Part
+from onnxopt.graft.probe import Probe
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graph import STANDARD_DOMAINS, drop_unused_initializers, remove_node, scopes, use_count
 from onnxopt.proto.collector import garbage_collection_paused
@@ -14,11 +16,17 @@ from onnxopt.proto.keys import TRAINING_INFO
 
 
 class Types:
-    """Types and shapes of the values of a model: what it declares, what follows, what ONNX infers."""
+    """Types and shapes of the values of a model: what it declares, what follows, what ONNX infers, and what is seen."""
 
-    def __init__(self, model: ir.Model) -> None:
-        """Take the model; nothing is worked out yet."""
+    def __init__(self, model: ir.Model, probe: Probe | None = None) -> None:
+        """Take the model; nothing is worked out yet.
+
+        Args:
+            model: The model.
+            probe: Runs it, to see how many axes a value has where nothing else tells.
+        """
         self._model = model
+        self._probe = probe
         self.shapes = Shapes(model)
         self._inferred: dict[str, tuple[ir.TypeProtocol | None, ir.Shape | None]] | None = None
 
@@ -46,12 +54,22 @@ class Types:
             return value.shape
         known = self.shapes.ir_shape(value)
         stated = value.shape
+        if known is None and stated is None:
+            inferred = self._infer().get(value.name or "", (None, None))[1]
+            return inferred if inferred is not None else self._seen(value)
         if known is None:
-            return stated.copy() if stated is not None else self._infer().get(value.name or "", (None, None))[1]
+            return stated.copy() if stated is not None else None
         if stated is None or len(stated) != len(known):
             return known
         # A name that the model declares is better than none.
         return ir.Shape([s if _is_open(k) else k for k, s in zip(known, stated, strict=True)])
+
+    def _seen(self, value: ir.Value) -> ir.Shape | None:
+        """Return as many axes of unknown size as the value is seen to have."""
+        if self._probe is None:
+            return None
+        found = [np.ndim(v) for values in self._probe.values([value.name or ""]) for v in values.values()]
+        return ir.Shape([None] * found[0]) if len(set(found)) == 1 else None
 
     def _infer(self) -> dict[str, tuple[ir.TypeProtocol | None, ir.Shape | None]]:
         if self._inferred is None:

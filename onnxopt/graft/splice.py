@@ -301,14 +301,14 @@ class Splice:
 
         Args:
             copies: The copies.
-            names: Name of an axis in the donor -> size or name in the host; None to forget all shapes.
+            names: Name of an axis in the donor -> size or name in the host; None to forget all sizes.
         """
         held = _axis_names(self.host, {v for c in copies for n in c.nodes for v in _values(n)})
         for copy in copies:
             for node in copy.nodes:
                 for value in _values(node):
                     if value.shape is not None and not value.is_graph_output():
-                        value.shape = None if names is None else _renamed(value.shape, names, held)
+                        value.shape = _renamed(value.shape, names, held)
 
 
 def insertion(model: ir.Model, name: str) -> ir.Node:
@@ -377,7 +377,10 @@ def _axis_names(model: ir.Model, without: set[ir.Value]) -> set[str]:
     return {d.value for v in values for d in v.shape or () if not isinstance(d, int) and d.value is not None}
 
 
-def _renamed(shape: ir.Shape, names: Mapping[str, int | str], held: set[str]) -> ir.Shape:
+def _renamed(shape: ir.Shape, names: Mapping[str, int | str] | None, held: set[str]) -> ir.Shape:
+    if names is None:
+        # Runtimes want to know how many axes the values of a body have.
+        return ir.Shape([None] * len(shape))
     dims: list[int | str | None] = []
     for dim in shape:
         name = dim if isinstance(dim, int) else dim.value
@@ -399,7 +402,9 @@ def unify(pairs: Iterable[tuple[Dims | None, Dims | None]]) -> dict[str, int | s
     """
     names: dict[str, int | str] = {}
     for donor, host in pairs:
-        if donor is None or host is None or len(donor) != len(host):
+        if donor is None or host is None:
+            continue
+        if len(donor) != len(host):
             return None
         for one, other in zip(donor, host, strict=True):
             if isinstance(one, int):

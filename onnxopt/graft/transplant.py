@@ -321,7 +321,7 @@ class Grafting:
         """
         request = self._request
         self._progress.stage("comparing")
-        complaint = checker_complaint(result, min(map(checker_level, (request.host, reference)), key=_LEVELS.index))
+        complaint = checker_complaint(result, min(map(checker_level, (request.host, request.donor)), key=_LEVELS.index))
         if complaint:
             raise RefusedError("not reproduced", f"The ONNX checker rejects the result: {complaint}")
         after = Probe(result, self._feeds, request.options)
