@@ -72,7 +72,10 @@ class Edit:
         apply: Does it.
         widths: The layers that become narrower; the report draws them.
         reference: Makes a model that the edited one must equal to rounding, whatever the budget allows: the original
-            changed in another way that is simpler to trust. Called after the last edit of a pass, for all of them.
+            changed in another way that is simpler to trust. Called after the last edit of a pass, for all of them; the
+            model is compared as it was before the first edit that repairs.
+        repairs: Whether it only makes up for edits before it. It is not looked at by itself when edits are judged: it
+            is made whenever what it makes up for was.
     """
 
     site: Site
@@ -80,6 +83,7 @@ class Edit:
     apply: Callable[[], None]
     widths: tuple[Width, ...] = ()
     reference: Callable[[], ir.Model] | None = None
+    repairs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -211,11 +215,13 @@ class GraphPass:
         name: What pipelines call it, in kebab-case.
         guarantee: What it promises about the outputs.
         needs_data: Whether it learns from `Context.calibration` whatever its options; see `wants_data`.
+        repairs: Whether it yields edits that repair what its others did.
     """
 
     name: ClassVar[str]
     guarantee: ClassVar[Guarantee]
     needs_data: ClassVar[bool] = False
+    repairs: ClassVar[bool] = False
 
     def wants_data(self) -> bool:
         """Return whether it learns from `Context.calibration`, with the options it has.

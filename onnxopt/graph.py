@@ -90,6 +90,13 @@ def _with_inner(scope: Scope) -> Iterator[Scope]:
             yield from _with_inner(inner)
 
 
+def copied(model: ir.Model) -> ir.Model:
+    """Return a copy of a model's graphs; tensors are shared."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    return copy
+
+
 def bodies(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
     """Yield (attribute name, graph) for each graph a node carries."""
     # `.data` is the plain dictionary inside; iterating over the wrapper takes five times as long.

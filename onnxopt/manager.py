@@ -115,6 +115,7 @@ class _Applied:
     site: Site
     summary: str
     widths: tuple[Width, ...]
+    repairs: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -131,15 +132,22 @@ class _Trial:
 
     Attributes:
         reference: Makes what the last edit says that the result must equal.
+        unrepaired: The model as it was before the first edit that repairs, and what it must equal.
     """
 
     model: ir.Model
     reference: Callable[[], ir.Model] | None = None
+    unrepaired: tuple[ir.Model, ir.Model] | None = None
     applied: list[_Applied] = dataclasses.field(default_factory=list)
     refusals: dict[int, Counter[str]] = dataclasses.field(default_factory=dict)
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
     crash: _Crash | None = None
+
+    @property
+    def culprits(self) -> list[_Applied]:
+        """The edits that can be to blame: those that do more than repair."""
+        return [edit for edit in self.applied if not edit.repairs]
 
 
 _Numbered = Sequence[tuple[int, GraphPass]]
@@ -214,20 +222,21 @@ def _settle(
         if judge is None or not trial.applied:
             return trial
         progress.stage(f"verifying {len(trial.applied)} edits")
-        verdict = _verdict(judge, trial, guarantee)
+        verdict = equal = _equal(judge, trial)
+        if equal.ok:
+            verdict = judge(trial.model, guarantee)
         if verdict.ok:
             return trial
-        guilty = _bisect(checkpoint, segment, ctx, judge, denials, len(trial.applied), verdict, progress)
+        guilty = _bisect(checkpoint, segment, ctx, judge, denials, trial, verdict, progress, repairing=equal.ok)
         _deny_guilty(segment, guilty, trial, denials)
 
 
-def _verdict(judge: Judge, trial: _Trial, guarantee: Guarantee) -> Verdict:
-    """Judge a trial: first by the reference that its edits name, then as its guarantee asks for."""
-    if trial.reference is not None:
-        equal = judge.equal(trial.model, trial.reference())
-        if not equal.ok:
-            return Verdict(False, f"it does not compute what it should: {equal.reason}")
-    return judge(trial.model, guarantee)
+def _equal(judge: Judge, trial: _Trial) -> Verdict:
+    """Judge a trial, as it was before repairs, by the reference that its edits name."""
+    if trial.reference is None:
+        return Verdict(True)
+    equal = judge.equal(*(trial.unrepaired or (trial.model, trial.reference())))
+    return equal if equal.ok else Verdict(False, f"it does not compute what it should: {equal.reason}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -244,17 +253,23 @@ def _bisect(
     ctx: Context,
     judge: Judge,
     denials: Denials,
-    count: int,
+    whole: _Trial,
     verdict: Verdict,
     progress: Progress,
+    *,
+    repairing: bool,
 ) -> _Guilty:
-    """Find a k so that the first k edits pass and the first k + 1 fail."""
-    passing, failing, reason = 0, count, verdict.reason
-    progress.stage("looking for the edit to blame", total=count.bit_length())
+    """Find a k so that the first k edits pass and the first k + 1 fail, as `whole` does.
+
+    `repairing` tells that it passed before repairs. Only then repairs are made, and only then the guarantee is asked
+    for; otherwise it is what the edits must equal that fails.
+    """
+    passing, failing, reason = 0, len(whole.culprits), verdict.reason
+    progress.stage("looking for the edit to blame", total=failing.bit_length())
     while failing - passing > 1:
         middle = (passing + failing) // 2
-        trial = _trial(checkpoint, segment, ctx, denials, limit=middle)
-        middle_verdict = _verdict(judge, trial, segment[0][1].guarantee)
+        trial = _trial(checkpoint, segment, ctx, denials, limit=middle, repairing=repairing)
+        middle_verdict = judge(trial.model, segment[0][1].guarantee) if repairing else _equal(judge, trial)
         if middle_verdict.ok:
             passing = middle
         else:
@@ -268,7 +283,7 @@ def _bisect(
 
 
 def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: Denials) -> None:
-    edit = trial.applied[guilty.index]
+    edit = trial.culprits[guilty.index]
     denials.deny(edit.site, edit.summary, guilty.reason)
     names = dict(segment)
     convicted = sum(d.site.pass_name == edit.site.pass_name for d in denials.sites.values())
@@ -279,7 +294,7 @@ def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: De
             f"{convicted} of its edits failed verification, so none of it is trusted; the last: {guilty.reason}"
         )
         return
-    for later in trial.applied[guilty.index + 1 :]:
+    for later in trial.culprits[guilty.index + 1 :]:
         denials.deny(later.site, later.summary, f"not kept after {convicted} edits missed the budget")
 
 
@@ -302,8 +317,13 @@ def _trial(
     ctx: Context,
     denials: Denials,
     limit: int | None = None,
+    *,
+    repairing: bool = True,
 ) -> _Trial:
-    """Clone the checkpoint and run the passes on it, to a fixed point when they are exact."""
+    """Clone the checkpoint and run the passes on it, to a fixed point when they are exact.
+
+    Only the first `limit` edits are made, not counting those that repair, which are made when `repairing`.
+    """
     trial = _Trial(clone(checkpoint))
     rounds = MAX_ROUNDS if segment[0][1].guarantee is Guarantee.EXACT else 1
     for _ in range(rounds):
@@ -313,7 +333,7 @@ def _trial(
         for position, graph_pass in segment:
             if position in denials.passes:
                 continue
-            finished = _run_pass(trial, position, graph_pass, ctx, denials, limit)
+            finished = _run_pass(trial, position, graph_pass, ctx, denials, limit, repairing=repairing)
             if not finished:
                 return trial
         if len(trial.applied) == before:
@@ -328,6 +348,8 @@ def _run_pass(
     ctx: Context,
     denials: Denials,
     limit: int | None,
+    *,
+    repairing: bool,
 ) -> bool:
     """Run one pass once; return False when the trial must end here (a crash, or the limit is reached)."""
     start = time.perf_counter()
@@ -346,13 +368,19 @@ def _run_pass(
             elif item.site in denials.spared:
                 refusals[denials.spared[item.site]] += 1
             elif item.site not in denials.sites:
-                if limit is not None and len(trial.applied) >= limit:
+                if item.repairs and not repairing:
+                    return True
+                if limit is not None and not item.repairs and len(trial.culprits) >= limit:
+                    if graph_pass.repairs and repairing:
+                        continue  # what is made so far is judged as it is when repaired
                     return False
+                if item.repairs and trial.reference is not None and trial.unrepaired is None:
+                    trial.unrepaired = clone(trial.model), trial.reference()
                 edit = item
                 item.apply()
                 edit = None
                 trial.reference = item.reference or trial.reference
-                trial.applied.append(_Applied(position, item.site, item.summary, item.widths))
+                trial.applied.append(_Applied(position, item.site, item.summary, item.widths, item.repairs))
         return True
     except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal
         reason = f"{CRASHED} {type(error).__name__}: {error}".strip().rstrip(":")

@@ -279,3 +279,64 @@ def test_two_runs_are_the_same() -> None:
     runs = [manager.run(chain(9), [Rename(wrong_at="v5"), Crash()], CTX, CountingJudge()) for _ in range(2)]
     assert ir.to_proto(runs[0].model) == ir.to_proto(runs[1].model)
     assert [p.dropped for p in runs[0].passes] == [p.dropped for p in runs[1].passes]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Break(GraphPass):
+    """Turns every Relu into the operator "Wrong", then the last of them into "Repaired".
+
+    Attributes:
+        unequal_at: Output at which an edit says that the result must equal a model that it does not.
+    """
+
+    name = "break"
+    guarantee = Guarantee.APPROXIMATE
+    repairs = True
+
+    unequal_at: str = ""
+
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        broken = []
+        for node in list(model.graph):
+            output = node.outputs[0].name or ""
+
+            def apply(node: ir.Node = node) -> None:
+                node.op_type = "Wrong"
+                broken.append(node)
+
+            def reference() -> ir.Model:
+                unequal = any(node.outputs[0].name == self.unequal_at for node in broken)
+                return chain(0 if unequal else len(broken))
+
+            yield Edit(Site(self.name, "", output), "broken", apply, reference=reference)
+        for node in broken[-1:]:
+
+            def mend(node: ir.Node = node) -> None:
+                node.op_type = "Repaired"
+
+            yield Edit(Site(self.name, "", "mended"), "repaired", mend, repairs=True)
+
+
+class MendingJudge(CountingJudge):
+    """The same; it holds a model for equal to a chain that is as long as the model has the operator "Wrong"."""
+
+    def equal(self, model: ir.Model, reference: ir.Model) -> Verdict:
+        return Verdict(ops(model).count("Wrong") == len(ops(reference)), "unequal")
+
+
+@pytest.mark.parametrize(("allowed", "left"), [(3, 4), (2, 3), (1, 2)])
+def test_edits_are_judged_with_what_repairs_them(allowed: int, left: int) -> None:
+    outcome = manager.run(chain(4), [Break()], CTX, MendingJudge(allowed))
+    assert ops(outcome.model).count("Repaired") == 1
+    assert sum(op != "Relu" for op in ops(outcome.model)) == left
+    (report,) = outcome.passes
+    assert [d.site.output for d in report.dropped] == [f"v{i}" for i in range(left + 1, 5)]
+
+
+def test_what_an_edit_must_equal_is_compared_before_repairs() -> None:
+    outcome = manager.run(chain(4), [Break(unequal_at="v2")], CTX, MendingJudge(9))
+    assert ops(outcome.model) == ["Wrong", "Relu", "Wrong", "Repaired"]
+    (report,) = outcome.passes
+    assert [(d.site.output, d.reason) for d in report.dropped] == [
+        ("v2", "it does not compute what it should: unequal")
+    ]

@@ -26,7 +26,7 @@ Array = np.ndarray[Any, Any]
 HOLD_BACK = 4
 """Every so many samples one is held back, to see whether the fit holds for data it has not seen."""
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
-"""What is tried; the best on the samples held back is taken."""
+"""What is tried, as long as the error on the samples held back falls."""
 LEAST_GAIN = 0.01
 """A fit that takes away less of the square error is not worth new weights."""
 NOTHING = 1e-9
@@ -92,7 +92,7 @@ def repair(
                 yield Refusal(site, fitted)
             else:
                 apply = functools.partial(observer.layer.replace, fitted.change, names)
-                yield Edit(site, f"weights fitted to the original: {fitted}", apply)
+                yield Edit(site, f"weights fitted to the original: {fitted}", apply, repairs=True)
 
 
 def _layers(model: ir.Model, targets: Sequence[Target], ctx: Context) -> Iterator[tuple[Layer | str, Target]]:
@@ -229,8 +229,12 @@ class Residuals:
         before, spread = _power(r), max(_power(goal - goal.mean(axis=0)), 1e-30)
         if before <= NOTHING * spread:
             return "it computes what it did"
-        tried = [(_power(r - self._change(damping).of(x)), damping) for damping in DAMPINGS]
-        after, damping = min(tried)
+        after, damping = math.inf, DAMPINGS[0]
+        for tried in DAMPINGS:
+            error = _power(r - self._change(tried).of(x))
+            if not error < after:
+                break
+            after, damping = error, tried
         if not after < before * (1 - LEAST_GAIN):  # nor when it is NaN
             return "no weights come closer to the original on samples held back"
         self._moments.add(x, r)

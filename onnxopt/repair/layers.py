@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis import linear
 from onnxopt.analysis.products import NoProduct, Product, product
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.graph import (
@@ -22,14 +21,16 @@ from onnxopt.graph import (
     Scope,
     add_constant,
     attribute,
+    constant_tensor,
     drop_unused_constants,
+    has_references,
     is_op,
-    use_count,
 )
 from onnxopt.numeric.least_squares import Change
 
 Array = np.ndarray[Any, Any]
 
+_SIZES = ("Shape", "Size")
 MOST_INPUTS = 8192
 """Layers that see more inputs at once are not fitted: their Gram matrix alone would take more than 512 MB."""
 
@@ -87,7 +88,7 @@ def read(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
     if is_op(node, "ConvTranspose"):
         return "transposed convolutions are not fitted"
     if is_op(node, "Conv"):
-        return _convolution(node, scope, shapes)
+        return _convolution(node, scope)
     if not is_op(node, "MatMul", "Gemm"):
         return None
     found = product(node, scope, shapes)
@@ -131,8 +132,13 @@ def _unfit(tensor: ir.TensorProtocol, inputs: int, owned: bool) -> str:
 
 
 def _owned(found: Product) -> bool:
-    values = (found.weight, *(n.outputs[0] for n in found.views))
-    return all(use_count(v) == 1 and not v.is_graph_output() for v in values)
+    chain = [found.weight, *(n.outputs[0] for n in found.views)]
+    return all(_serves(v, user) for v, user in zip(chain, [*found.views, found.node], strict=True))
+
+
+def _serves(value: ir.Value, user: ir.Node) -> bool:
+    """Whether a weight is there for one node alone; its shape may be asked for elsewhere."""
+    return not value.is_graph_output() and all(u.node is user or is_op(u.node, *_SIZES) for u in value.uses())
 
 
 def _replace_matrix(found: Product, change: Change, names: Names) -> None:
@@ -154,35 +160,33 @@ def _replace_matrix(found: Product, change: Change, names: Names) -> None:
 # Convolutions ------------------------------------------------------------------------------------------------
 
 
-def _convolution(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
-    found = linear.read(node, shapes)
-    if not isinstance(found, linear.Linear):
-        return found
-    channels, depth, *kernel = found.weight.shape.numpy()
+def _convolution(node: ir.Node, scope: Scope) -> Layer | str | None:
+    x, weight = node.inputs[:2]
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    tensor, added = constant_tensor(weight), constant_tensor(bias)
+    if x is None or weight is None or tensor is None:
+        return None
+    if has_references(node):
+        return "an attribute refers to the function's caller"
+    channels, depth, *kernel = tensor.shape.numpy()
     groups, inputs = attribute(node, "group", 1), depth * math.prod(kernel)
-    reason = _unfit(found.weight, inputs, found.owns_weight)
+    reason = _unfit(tensor, inputs, _serves(weight, node))
     if reason:
         return reason
-    x = node.inputs[0]
-    assert x is not None, "linear.read looked"
     windows = Windows.of(node, tuple(kernel), groups)
+    takes_bias = bias is None or added is not None
 
     def replace(change: Change, names: Names) -> None:
-        _replace_convolution(found, change, scope, names)
+        stored = tensor.numpy()
+        made = stored + change.weight.reshape(stored.shape)
+        _replace(node, weight, made.astype(stored.dtype), scope, names)
+        if bias is None:
+            _give_bias(node, change.bias.reshape(-1).astype(stored.dtype), scope, names)
+        elif added is not None:
+            moved = added.numpy().astype(np.float64) + change.bias.reshape(-1)
+            _replace(node, bias, moved.astype(stored.dtype), scope, names)
 
-    return Layer(node, scope, x, 1, groups, inputs, channels // groups, True, windows.rows, replace)
-
-
-def _replace_convolution(found: linear.Linear, change: Change, scope: Scope, names: Names) -> None:
-    node, stored = found.node, found.weight.numpy()
-    weight, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
-    assert weight is not None, "linear.read looked"
-    _replace(node, weight, (stored + change.weight.reshape(stored.shape)).astype(stored.dtype), scope, names)
-    if bias is None or found.bias is None:
-        _give_bias(node, change.bias.reshape(-1).astype(stored.dtype), scope, names)
-    else:
-        array = found.bias.numpy().astype(np.float64) + change.bias.reshape(-1)
-        _replace(node, bias, array.astype(stored.dtype), scope, names)
+    return Layer(node, scope, x, 1, groups, inputs, channels // groups, takes_bias, windows.rows, replace)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -253,8 +257,10 @@ class Windows:
 
 def _replace(user: ir.Node, value: ir.Value, array: Array, scope: Scope, names: Names) -> None:
     """Give a node another constant; the old one goes when nothing else uses it."""
-    index = next(i for i, v in enumerate(user.inputs) if v is value)
-    user.replace_input_with(index, add_constant(scope, names, f"{value.name}/repaired", array, user))
+    new = add_constant(scope, names, f"{value.name}/repaired", array, user)
+    for use in value.uses():
+        if use.node is user or is_op(use.node, *_SIZES):
+            use.node.replace_input_with(use.idx, new)
     drop_unused_constants([value])
 
 

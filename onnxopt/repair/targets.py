@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.contract import Context, Edit, Refusal
 from onnxopt.graph import constant_tensor, is_op, only_use
-from onnxopt.repair.fit import Target
+from onnxopt.repair.fit import Target, repair
 
 Kept = Mapping[str, Mapping[int, np.ndarray]]
 """Name of a value -> its shorter axes -> the original indexes that are still there."""
 _LAYERS = ("Conv", "Gemm", "MatMul")
+
+
+def repair_all(
+    pass_name: str, original: ir.Model, model: ir.Model, ctx: Context, kept: Kept
+) -> Iterator[Edit | Refusal]:
+    """Yield the repair of every layer that a removal of channels may have harmed; see `repair`.
+
+    Args:
+        pass_name: The pass that the sites belong to.
+        original: The model as it was.
+        model: The model as it is now.
+        ctx: With data to run both on.
+        kept: Which channels are left.
+    """
+    shapes = Shapes(model)
+    wanted = list(targets(model, shapes, kept))
+    yield from repair(pass_name, original, model, wanted, dataclasses.replace(ctx, shapes=shapes))
 
 
 def targets(

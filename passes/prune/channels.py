@@ -17,7 +17,8 @@ from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, least_important, rounded
 from onnxopt.coupling.sharing import copy_apart, shared_vectors
 from onnxopt.errors import UsageError
-from onnxopt.graph import constant_tensor, scopes
+from onnxopt.graph import constant_tensor, copied, scopes
+from onnxopt.repair.targets import repair_all
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +27,10 @@ class PruneChannels(GraphPass):
 
     What must go together follows from the graph; what is left out of a weight is gone, and the model gets smaller and
     faster. Inputs and outputs of the model keep their shapes. The result equals the original in which the removed
-    channels count as zero; that is verified, and what fails is dropped and named. Repair accuracy afterwards.
+    channels count as zero; that is verified, and what fails is dropped and named.
+
+    Where there is data, the layers that are left are then fitted to what they computed in the original, one after the
+    other, by least squares and without labels.
 
     Attributes:
         ratio: The part of the channels of each layer that goes, above 0 and below 1.
@@ -35,15 +39,18 @@ class PruneChannels(GraphPass):
         importance: What makes a channel important. "magnitude": the norm of all that it consists of. "activation": what
             it brings into the layers behind it, by the variance that it has on the data.
         min_channels: No layer gets narrower than this. Layers of whole blocks, such as heads, may go down to one.
+        repair: Whether to fit the layers that are left.
     """
 
     name: ClassVar[str] = "prune-channels"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
+    repairs: ClassVar[bool] = True
 
     ratio: float = 0.5
     multiple: int = 8
     importance: Literal["magnitude", "activation"] = "magnitude"
     min_channels: int = 4
+    repair: bool = True
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -61,8 +68,8 @@ class PruneChannels(GraphPass):
             raise UsageError(f"prune-channels: min_channels is {self.min_channels}; use 1 or more.")
 
     def wants_data(self) -> bool:
-        """Return whether data says what is important."""
-        return self.importance == "activation"
+        """Return whether data says what is important, or what is left is fitted."""
+        return self.repair or self.importance == "activation"
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why the pass does not apply."""
@@ -70,10 +77,13 @@ class PruneChannels(GraphPass):
 
     def caveat(self) -> str:
         """Say that accuracy is to be repaired."""
+        if self.repair:
+            return "prune-channels: outputs move; only where there is data are layers fitted to make up for it."
         return "prune-channels: outputs move, mostly by much; repair or train the model afterwards before you trust it."
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together, and the layers that must stay as they are."""
+        original = copied(model)
         coupling = analyse(model, ctx.shapes)
         shared = shared_vectors(model)
         if shared and _gains(model, coupling):
@@ -99,6 +109,8 @@ class PruneChannels(GraphPass):
                 (Width(group.name, group.units, keep),),
                 removal.zeroed,
             )
+        if self.repair and ctx.calibration is not None and removal.remaining:
+            yield from repair_all(self.name, original, model, ctx, removal.remaining)
 
     def _scores(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Callable[[Group], Scores]:
         """Return what says how important the units of a group are; by magnitude where no data reached them."""

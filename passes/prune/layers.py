@@ -14,7 +14,7 @@ from onnxopt.analysis.blocks import Block, residual_blocks
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.graph import bodies, remove_unused, replace_value
+from onnxopt.graph import bodies, copied, remove_unused, replace_value
 from onnxopt.repair.fit import repair
 from onnxopt.repair.targets import targets
 
@@ -40,6 +40,7 @@ class PruneLayers(GraphPass):
     name: ClassVar[str] = "prune-layers"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     needs_data: ClassVar[bool] = True
+    repairs: ClassVar[bool] = True
 
     count: int = 1
     samples: int = 32
@@ -65,7 +66,7 @@ class PruneLayers(GraphPass):
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield the removal of a block, then the repair of the layers that are left, as often as asked."""
-        original = _clone(model)
+        original = copied(model)
         stands_for: dict[str, str] = {}
         left = self.count
         while left:
@@ -95,7 +96,7 @@ class PruneLayers(GraphPass):
     def _trials(self, original: ir.Model, model: ir.Model, ctx: Context) -> Iterator[_Trial]:
         assert ctx.calibration is not None, "skip_reason looked"
         for block in residual_blocks(model, ctx.shapes):
-            trial = _clone(model)
+            trial = copied(model)
             _leave_out(trial, block.start.name or "", block.end.name or "")
             outputs = OutputError([v.name or "" for v in model.graph.outputs if ctx.shapes.dtype(v) in FLOATS])
             ctx.calibration.observe_both(original, trial, [outputs], most=self.samples)
@@ -194,9 +195,3 @@ class OutputError:
         """Root of the lost part of the power, averaged over the outputs; NaN or infinity when an output was."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return float(np.sqrt(self._lost / np.maximum(self._power, np.finfo(np.float64).tiny)).mean())
-
-
-def _clone(model: ir.Model) -> ir.Model:
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy

@@ -171,7 +171,7 @@ def test_activations_of_grouped_convolutions_and_hidden_units():
     model = ir.from_proto(proto)
     ctx = calibrated(model, [{"x": rng.normal(size=(1, 3, 4, 4)).astype(np.float32)}])
     edits = []
-    for item in PruneChannels(importance="activation", min_channels=1).run(model, ctx):
+    for item in PruneChannels(importance="activation", min_channels=1, repair=False).run(model, ctx):
         if isinstance(item, Edit):
             item.apply()
             edits.append(item.site.output)
@@ -202,6 +202,36 @@ def test_a_group_that_is_pruned_wrongly_is_dropped_and_named(monkeypatch):
     assert dropped.reason.startswith("it does not compute what it should: ")
     assert [edit.site.output for edit in report.applied] == ["conv2.weight", "conv3.weight", "dense1.weight"]
     assert model.graph.initializers["conv1.weight"].const_value.shape[0] == 32
+
+
+def test_with_data_what_is_left_is_fitted_and_what_is_wrong_is_still_found(monkeypatch, tmp_path):
+    remove = Removal.remove
+
+    def wrong(self, roots):
+        remove(self, roots)
+        if len(roots) == 24:
+            weight = self.model.graph.initializers["conv1.weight"]
+            weight.const_value = ir.tensor(weight.const_value.numpy() * 2, name=weight.name)
+
+    images = np.load(MODELS / "mnist_calibration.npz")["image"][:48]
+    np.savez(tmp_path / "data.npz", image=images)
+    options = {
+        "passes": "prune-channels{ratio=0.75}",
+        "data": str(tmp_path / "data.npz"),
+        "measure": False,
+        "max_error": float("inf"),
+    }
+    monkeypatch.setattr("onnxopt.repair.fit.WORK", 2e9)
+    result = onnxopt.optimize(MODELS / "mnist_cnn.onnx", **options)
+    fitted = [e.site.output for e in result.report.passes[0].applied if e.summary.startswith("weights fitted")]
+    assert fitted == ["getitem_3", "getitem_6", "linear", "logits"]
+    assert not result.report.passes[0].dropped
+    monkeypatch.setattr(Removal, "remove", wrong)
+    report = onnxopt.optimize(MODELS / "mnist_cnn.onnx", **options).report.passes[0]
+    (dropped,) = report.dropped
+    assert dropped.site.output == "conv1.weight"
+    assert dropped.reason.startswith("it does not compute what it should: ")
+    assert [edit.site.output for edit in report.applied][:3] == ["conv2.weight", "conv3.weight", "dense1.weight"]
 
 
 @pytest.mark.parametrize("name", ["mnist_cnn.onnx", "mnist_cnn_bn.onnx"])

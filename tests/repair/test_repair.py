@@ -128,6 +128,17 @@ def test_a_gemm_is_given_the_bias_that_it_lacks() -> None:
     np.testing.assert_allclose(outputs(model, x)[0], outputs(original, x)[0], atol=0.05)
 
 
+def test_a_weight_whose_shape_is_asked_for_and_a_bias_that_is_computed_are_no_obstacle() -> None:
+    text = """(float[1,4,9,9] x) => (float[1,6,7,7] y, int64[4] s)
+      { s = Shape(w) b = Neg(c) y = Conv(x, w, b) }"""
+    original, model = (declare(text, w=random(6, 4, 3, 3, seed=i), c=random(6)) for i in range(2))
+    edits, _ = repaired(original, model, [Target("y", "y")], samples(1, 4, 9, 9))
+    assert list(edits) == ["y"]
+    x = {"x": random(1, 4, 9, 9, seed=99)}
+    np.testing.assert_allclose(outputs(model, x)[0], outputs(original, x)[0], atol=0.05)
+    assert "w" not in model.graph.initializers
+
+
 def test_later_layers_see_earlier_ones_as_they_are() -> None:
     """The second layer is fitted to make up for the first, which is left as it is."""
     text = "(float[9,6] x) => (float[9,4] y) { h = Gemm(x, v) y = Gemm(h, w) }"
@@ -255,13 +266,14 @@ def accuracy(model: ir.Model) -> float:
     return float((scores.argmax(axis=1) == labels).mean())
 
 
-def test_a_classifier_with_half_of_its_channels_recovers() -> None:
+def test_a_classifier_with_a_third_of_its_channels_recovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "WORK", 1e9)
     original = load(MODELS / "mnist_cnn.onnx")
     model = original.clone()
-    targets = narrowed(model, 0.5)
+    targets = narrowed(model, 0.7)
     assert accuracy(model) < 0.5
     images = np.load(MODELS / "mnist_calibration.npz")["image"][:64, None]
     edits, refusals = repaired(original, model, targets, [{"image": image} for image in images])
     assert len(edits) == 4
     assert list(refusals.values()) == ["it computes what it did"]
-    assert accuracy(model) > accuracy(original) - 0.02
+    assert accuracy(model) > accuracy(original) - 0.06
