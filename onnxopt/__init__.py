@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from onnxopt.pipeline import Pipeline
     from onnxopt.quantize import quantize
     from onnxopt.report.data import Report
+    from onnxopt.training.distill import distill
     from onnxopt.training.finetune import finetune
     from onnxopt.transfer import transfer
     from onnxopt.verify import verify
@@ -44,6 +45,7 @@ _HOMES = {
     "Report": "onnxopt.report.data",
     "Result": "onnxopt.optimize",
     "Site": "onnxopt.contract",
+    "distill": "onnxopt.training.distill",
     "extract": "onnxopt.graft",
     "graft": "onnxopt.graft",
     "head": "onnxopt.head",
@@ -70,6 +72,7 @@ __all__ = [
     "Report",
     "Result",
     "Site",
+    "distill",
     "extract",
     "finetune",
     "graft",

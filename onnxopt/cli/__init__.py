@@ -33,6 +33,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
     "head": ("onnxopt.cli.head", "Give a classifier a new head for other classes, from labelled samples."),
     "finetune": ("onnxopt.cli.finetune", "Train a model's parameters on labelled samples; the graph stays as it is."),
     "transfer": ("onnxopt.cli.transfer", "Move the parameters of one model into the graph of another."),
+    "distill": ("onnxopt.cli.distill", "Train a model on unlabelled samples to compute what another one computes."),
     "inspect": ("onnxopt.cli.inspect", "Show what a model consists of and what the passes would do."),
     "verify": ("onnxopt.cli.verify", "Compare the outputs of two models."),
     "extract": ("onnxopt.cli.extract", "Cut a part out of a model, and prove that it computes the same alone."),

@@ -43,15 +43,6 @@ not written); 2 usage, unreadable input or unwritable output; 130 interrupted (-
     type=click.Path(),
     help='Labels: an .npy, or a key of the .npz. By default its key "labels", "targets" or "y".',
 )
-@click.option("--freeze", metavar="GLOB", multiple=True, help="Leave parameters of such names; may be repeated.")
-@click.option("--train", metavar="GLOB", multiple=True, help="Train only parameters of such names; may be repeated.")
-@click.option(
-    "--validation",
-    type=options.Fraction(below_one=True),
-    default=0.2,
-    show_default=True,
-    help="Share of the samples that judge and are not learnt from; 0 keeps the last epoch unjudged.",
-)
 @click.option(
     "--label-smoothing",
     type=options.Fraction(below_one=True),
@@ -72,7 +63,7 @@ def command(
     from onnxopt.training.finetune import finetune
 
     with drawing(quiet=quiet) as progress:
-        found = finetune(model, data, labels, progress=progress, **settings)
+        found = finetune(model, data, labels, progress=progress, **options.given(settings))
     if as_json:
         from onnxopt.report.json import dump, plain
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -266,56 +266,58 @@ def labelled_data_option(function: F) -> F:
 
 
 def training_options(function: F) -> F:
-    """Add the options of training."""
+    """Add the options of training. What is not given is None; `given` leaves it to the defaults of the library."""
+    number = click.IntRange(min=1)
     return _decorated(
         function,
         click.option(
+            "--freeze", metavar="GLOB", multiple=True, help="Leave parameters of such names; may be repeated."
+        ),
+        click.option(
+            "--train", metavar="GLOB", multiple=True, help="Train only parameters of such names; may be repeated."
+        ),
+        click.option(
             "--epochs",
             metavar="N",
-            type=click.IntRange(min=1),
-            default=20,
-            show_default=True,
-            help="Most passes over the samples.",
+            type=number,
+            help="Most passes over the samples; by default 20, and 100 for distill.",
         ),
         click.option(
             "--learning-rate",
             "--lr",
             metavar="RATE",
             type=float,
-            default=1e-3,
-            show_default=True,
-            help="Highest learning rate; try 5e-5 for transformers.",
+            help="Highest learning rate, by default 0.001; try 5e-5 for transformers.",
         ),
+        click.option("--batch", metavar="N", type=number, help="Samples per step, by default 32."),
         click.option(
-            "--batch", metavar="N", type=click.IntRange(min=1), default=32, show_default=True, help="Samples per step."
-        ),
-        click.option(
-            "--weight-decay", metavar="X", type=float, default=0.01, show_default=True, help="Decay of matrices."
+            "--weight-decay", metavar="X", type=float, help="Decay of matrices; by default 0.01, and 0 for distill."
         ),
         click.option(
             "--layer-decay",
             metavar="FACTOR",
             type=float,
-            default=1.0,
-            show_default=True,
-            help="Factor of the learning rate from a layer to the one before it.",
+            help="Factor of the learning rate from a layer to the one before it, by default 1.",
+        ),
+        click.option(
+            "--validation",
+            type=Fraction(below_one=True),
+            help="Share of the samples that judge and are not learnt from, by default 20%, and 10% for distill; 0 "
+            "keeps the last epoch unjudged.",
         ),
         click.option(
             "--patience",
             metavar="N",
-            type=click.IntRange(min=1),
-            default=5,
-            show_default=True,
-            help="Stop after so many epochs without a better state.",
+            type=number,
+            help="Stop after so many epochs without a better state; by default 5, and 25 for distill.",
         ),
+        click.option("--shift", metavar="PIXELS", type=click.IntRange(min=0), help="Move images at random by so much."),
+        click.option("--noise", type=Fraction(), help="Add noise, as a fraction of the inputs' deviation."),
         click.option(
-            "--shift", metavar="PIXELS", type=click.IntRange(min=0), default=0, help="Move images at random by so much."
-        ),
-        click.option(
-            "--noise", type=Fraction(), default=0.0, help="Add noise, as a fraction of the inputs' deviation."
-        ),
-        click.option(
-            "--mix", metavar="ALPHA", type=float, default=0.0, help="Mix pairs of samples (mixup); 0.2 is usual."
+            "--mix",
+            metavar="ALPHA",
+            type=float,
+            help="Mix pairs of samples (mixup); 0 for none, by default for finetune, and 1 by default for distill.",
         ),
         click.option(
             "--checkpoint",
@@ -326,6 +328,11 @@ def training_options(function: F) -> F:
         threads_option(),
         seed_option(),
     )
+
+
+def given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that have a value."""
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def force_calibration_option() -> Callable[[F], F]:

@@ -63,7 +63,7 @@ def objective(model: ir.Model, labels: np.ndarray, shape: tuple[int, ...], smoot
                 f'Labels reach from {least} to {most}, but the output "{name}" scores {shape[axis]} classes, '
                 f"0 to {shape[axis] - 1}."
             )
-        computed, is_logarithm = _scores(model, value)
+        computed, is_logarithm = scores_before(model, value)
         return Objective("classification", name, computed, _cross_entropy(axis, smoothing, is_logarithm), _hits(axis))
     one = labels.shape[1:] == shape[1:-1] and shape[-1] == 1
     if labels.dtype.kind == "f" and (one or labels.shape[1:] == shape[1:]):
@@ -83,7 +83,7 @@ def _class_axis(shape: tuple[int, ...], labels: tuple[int, ...]) -> int | None:
     return 1 if labels[1:] == shape[2:] and shape[1] > 1 else None
 
 
-def _scores(model: ir.Model, output: ir.Value) -> tuple[str, bool]:
+def scores_before(model: ir.Model, output: ir.Value) -> tuple[str, bool]:
     """Return the value with scores whose softmax or logarithm of it is meant, and whether logarithms must be taken."""
     kind, producer = class_scores(model), output.producer()
     if kind == "Softmax" and producer is not None and producer.op_type == "Softmax":
