@@ -73,9 +73,17 @@ class Painter:
             found.append(digest(*parts))
         return found
 
+    def before(self, index: int) -> set[int]:
+        """Return what leads to a node."""
+        return {e.source for e in self._groups[index].edges}
+
+    def after(self, index: int) -> set[int]:
+        """Return what a node leads to."""
+        return {i for i, _ in self._next[index]}
+
     def marked_neighbours(self, index: int, marks: Mapping[int, object]) -> int:
         """Return how many layers around a node carry a mark."""
-        around = {e.source for e in self._groups[index].edges} | {i for i, _ in self._next[index]}
+        around = self.before(index) | self.after(index)
         return sum(i in marks and self._groups[i].kind not in ("input", "output") for i in around)
 
     def _own(self, group: Group, marks: Mapping[int, object]) -> tuple[object, ...]:

@@ -83,11 +83,15 @@ def fit(pair: Pair, ratio: float, store: Store) -> list[Write]:
         Unwritable: If the target cannot hold it; the message is the reason.
     """
     source, target = pair.source, pair.target
-    if ratio == 1.0 and _same_members(source, target):
+    same = np.allclose(source.onward, target.onward, rtol=1e-6, atol=1e-7)
+    if ratio == 1.0 and same and _same_members(source, target):
         return [Write(b, a.read(store)) for a, b in zip(source.tensors(), target.tensors(), strict=True)]
     if source.kind not in ("linear", "conv", "affine", "embedding"):
         raise Unwritable("its results are scaled differently")
-    weight, scale, shift = _effective(source, ratio, store)
+    scale_by = source.onward[0] / target.onward[0]
+    weight, scale, shift = _effective(source, ratio * (1.0 if same else scale_by), store)
+    if not same:
+        shift = shift + (source.onward[1] - target.onward[1]) / target.onward[0]
     found = []
     if target.weight is not None:
         assert weight is not None

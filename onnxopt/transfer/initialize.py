@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.errors import UsageError
+from onnxopt.graph import constant_tensor
 from onnxopt.transfer.edit import Editor
 from onnxopt.transfer.result import Parameter, Status, Transfer
 from onnxopt.transfer.skeleton import Group
@@ -47,7 +48,8 @@ def initialize(model: ir.Model, seed: int, only: Sequence[str] = (), freeze: Seq
     for group in skeleton.layers:
         reason = _initialize(group, store, random, only, freeze)
         for leaf in group.leaves():
-            size = 0 if leaf.const_value is None else int(leaf.const_value.size)
+            tensor = constant_tensor(leaf)
+            size = 0 if tensor is None else int(tensor.size)
             name = leaf.name or ""
             status: Status = "exact" if not reason else "left out" if reason.startswith("a pattern") else "unmatched"
             found.setdefault(name, Parameter(name, size, status, False, (), "drawn at random" * (not reason), reason))

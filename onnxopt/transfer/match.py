@@ -143,9 +143,26 @@ class _Matcher:
                 if self._painters[0].marked_neighbours(s, self._marks[0])
                 and self._painters[1].marked_neighbours(t, self._marks[1])
             ]
+        before = len(self.pairs)
         for s, t in new:
-            self._add(s, t, confidence)
-        return bool(new)
+            if confidence != "aligned" or self._is_consistent(s, t):
+                self._add(s, t, confidence)
+        return len(self.pairs) > before
+
+    def _is_consistent(self, source: int, target: int) -> bool:
+        """Whether matched neighbours of two layers are neighbours of both; inputs of the model do not count."""
+        back = {s: t for t, (s, _) in self.pairs.items()}
+        forth = {t: s for t, (s, _) in self.pairs.items()}
+        for around in ("before", "after"):
+            ours, theirs = (
+                {i for i in getattr(p, around)(n) if k.groups[i].kind not in ("input", "output")}
+                for p, n, k in zip(self._painters, (source, target), self._skeletons, strict=True)
+            )
+            if any(back.get(i, -1) not in theirs for i in ours if i in back):
+                return False
+            if any(forth.get(i, -1) not in ours for i in theirs if i in forth):
+                return False
+        return True
 
     def _add(self, source: int, target: int, confidence: Confidence) -> None:
         self.pairs[target] = source, confidence

@@ -94,9 +94,7 @@ class _Move:
         ratios = Ratios(self._source, skeleton, self._pairs(skeleton))
         editor = Editor(self._target)
         for pair in self._active(skeleton):
-            if not any(m.kind != "scale" for m in pair.source.members) or any(
-                m.kind != "scale" for m in pair.target.members
-            ):
+            if any(m.kind != "scale" for m in pair.target.members):
                 continue
             try:
                 self._wanted(pair, ratios)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
+from onnxopt.analysis.dims import Dim
 from onnxopt.graph import attribute, constant_ints, constant_scalar, is_op
 from onnxopt.transfer.layers import Layer
 from onnxopt.transfer.tensors import constant_slice, constant_split, is_same
@@ -40,13 +43,9 @@ class PartFinder:
                 axis = attribute(node, "perm", tuple(reversed(range(rank)))).index(axis)
             elif is_op(node, "Reshape") and shape and axis == rank - 1 and inner == 1:
                 rank = len(shape)
-                axis = rank - 1
-                if shape[-1] != width:
-                    if rank < 2 or not (isinstance(shape[-1], int) and isinstance(shape[-2], int)):
-                        return {}
-                    if shape[-1] * shape[-2] != width:
-                        return {}
-                    axis, inner = rank - 2, shape[-1]
+                axis, inner = _outermost(shape, width)
+                if axis < 0:
+                    return {}
             elif not is_same(node):
                 return {}
         return {}
@@ -82,6 +81,11 @@ class PartFinder:
                 return None
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
             return {o: (end - n, end) for o, end, n in zip(node.outputs, ends, sizes, strict=True)}
+        if is_op(node, "Gather") and attribute(node, "axis", 0) % rank == axis:
+            index = constant_scalar(node.inputs[1])
+            if index is None or not -size <= index < size:
+                return None
+            return {node.outputs[0]: (int(index) % size, int(index) % size + 1)}
         if is_op(node, "SplitToSequence") and attribute(node, "axis", 0) % rank == axis:
             return self._sequence(node, size)
         return None
@@ -101,3 +105,19 @@ class PartFinder:
                 return None
             found[use.node.outputs[0]] = (starts[int(at)], ends[int(at)])
         return found
+
+
+def _outermost(shape: Sequence[Dim], width: int) -> tuple[int, int]:
+    """Return the first of the last axes that channels are reshaped into, and how many lie below each of its indexes.
+
+    The axis is -1 when no last axes have so many elements together.
+    """
+    inner = 1
+    for axis in reversed(range(len(shape))):
+        size = shape[axis]
+        if not isinstance(size, int):
+            break
+        if inner * size == width:
+            return axis, inner
+        inner *= size
+    return -1, 1

@@ -12,6 +12,7 @@ from onnxopt import model as models
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import UsageError
 from onnxopt.feeds import Data, Feed, load_data
+from onnxopt.graph import constant_tensor
 from onnxopt.ground import Source
 from onnxopt.runtime import RunOptions
 from onnxopt.transfer.certify import Finding, Trial, certify
@@ -227,7 +228,7 @@ class _Run:
             pair = by_target.get(group.index)
             sources = tuple(v.name or "" for v in pair.source.leaves()) if pair is not None else ()
             for leaf in group.leaves():
-                tensor = leaf.const_value
+                tensor = constant_tensor(leaf)
                 found = Parameter(
                     leaf.name or "",
                     0 if tensor is None else int(tensor.size),

@@ -80,6 +80,7 @@ class Group:
         channels: The axis of the weight that has an index per channel.
         members: What follows, in order.
         edges: The ways that lead to it.
+        onward: Scale and shift that the activation behind it begins with.
         operands: Where its parameters enter the graph.
         output: The value that it computes, where that is one.
     """
@@ -93,6 +94,7 @@ class Group:
     members: list[Member] = dataclasses.field(default_factory=list)
     edges: list[Edge] = dataclasses.field(default_factory=list)
     operands: list[Operand] = dataclasses.field(default_factory=list)
+    onward: tuple[float, float] = (1.0, 0.0)
     output: ir.Value | None = None
 
     def tensors(self) -> Iterator[Tensor]:

@@ -254,6 +254,7 @@ class Viewer:
             members,
             _edges(reaching),
             [*((node, i) for i in layer.operands), *chain.absorbed],
+            chain.onward if part is None else (1.0, 0.0),
             chain.end if part is None and chain.complete else None,
         )
         self.groups.append(group)

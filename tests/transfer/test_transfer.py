@@ -279,3 +279,60 @@ def test_overridable_initializers_are_no_parameters() -> None:
     proto.graph.input.append(onnx.helper.make_tensor_value_info("w_0", onnx.TensorProto.FLOAT, [16, 8]))
     result = onnxopt.transfer(build(MATMUL, MATMUL_WEIGHTS, 1), proto)
     assert "w_0" not in statuses(result)
+
+
+def test_scales_in_front_of_a_clipping_activation(agree: Agree) -> None:
+    """What 1 + HardSigmoid(x) scales and shifts is in the weights of its optimized form."""
+    text = """
+    g (float[n, 3, 4, 4] x) => (float[n, 3, 4, 4] y) {
+        a = GlobalAveragePool(x)  b = Conv(a, w)  c = Add(b, bias)  d = HardSigmoid<alpha = 0.2, beta = 0.4>(c)
+        e = Mul(x, d)  f = Add(x, e)  y = Conv(f, v)
+    }
+    """
+    shapes = {"w": (3, 3, 1, 1), "bias": (1, 3, 1, 1), "v": (3, 3, 1, 1)}
+    source = build(text, shapes, 1)
+    small = onnxopt.optimize(build(text, shapes, 2), recipe="lossless", verify=False, measure=False).model
+    assert "Clip" in {n.op_type for n in small.graph}
+    result = onnxopt.transfer(source, small)
+    agree(source, result.model)
+    agree(source, onnxopt.transfer(result.model, build(text, shapes, 3)).model)
+
+
+def test_a_product_of_two_layers_is_not_taken_for_one_of_them() -> None:
+    """Where an optimizer multiplied two layers into one, neither of them is its counterpart."""
+    two = """
+    g (float[n, 8] x) => (float[n, 8] y) {
+        a = MatMul(x, first)  b = Relu(a)  c = MatMul(b, low)  d = MatMul(c, high)  e = Relu(d)  y = MatMul(e, last)
+    }
+    """
+    one = """
+    g (float[n, 8] x) => (float[n, 8] y) {
+        a = MatMul(x, first)  b = Relu(a)  d = MatMul(b, high)  e = Relu(d)  y = MatMul(e, last)
+    }
+    """
+    source = build(two, {"first": (8, 16), "low": (16, 16), "high": (16, 32), "last": (32, 8)}, 1)
+    target = build(one, {"first": (8, 16), "high": (16, 32), "last": (32, 8)}, 2)
+    for verify in (True, False):
+        found = statuses(onnxopt.transfer(source, target, verify=verify))
+        assert (found["first"], found["high"]) == ("aligned", "unmatched")
+
+
+def test_three_projections_reshaped_in_one(agree: Agree) -> None:
+    """Channels that are reshaped into (3, heads, width) and taken one by one are three layers."""
+    text = """
+    g (float[batch, 5, 8] x) => (float[batch, 5, 8] y) {
+        p0 = MatMul(x, qkv)  p1 = Add(p0, bias)  p2 = Reshape(p1, heads)  p3 = Transpose<perm = [2, 0, 3, 1, 4]>(p2)
+        q = Gather<axis = 0>(p3, zero)  k0 = Gather<axis = 0>(p3, one)  v = Gather<axis = 0>(p3, two)
+        k = Transpose<perm = [0, 1, 3, 2]>(k0)
+        s0 = MatMul(q, k)  s2 = Softmax<axis = -1>(s0)  o0 = MatMul(s2, v)
+        o1 = Transpose<perm = [0, 2, 1, 3]>(o0)  o2 = Reshape(o1, flat)  y = MatMul(o2, wo)
+    }
+    """
+    numbers = {name: np.array(i) for i, name in enumerate(("zero", "one", "two"))}
+    weights = {**MERGED_WEIGHTS, **numbers, "heads": np.array([0, 0, 3, 2, 4])}
+    del weights["sizes"]
+    first, second = build(text, weights, 1), build(ATTENTION, ATTENTION_WEIGHTS, 2)
+    for source, target in ((first, second), (second, first)):
+        result = onnxopt.transfer(source, target)
+        assert set(statuses(result).values()) == {"exact"}
+        agree(source, result.model)
