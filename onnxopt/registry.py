@@ -253,6 +253,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Compute convolutional nets with 8-bit integers, with ranges learnt from data.",
         ),
         _entry(
+            "merge-channels",
+            "prune.merge_channels:MergeChannels",
+            "Replace channels, neurons and heads by multiples of others that do nearly the same.",
+        ),
+        _entry(
             "prune-channels",
             "prune.channels:PruneChannels",
             "Remove whole channels, heads, neurons and hidden units, with everything that depends on them.",

@@ -27,7 +27,7 @@ def observe(model: ir.Model, coupling: Coupling, calibration: Calibration) -> Ac
     """
     found: dict[tuple[ir.Value, int], ChannelMoments] = {}
     for sink in coupling.sinks:
-        place = _multiplied(sink)
+        place = multiplied(sink)
         if place is None or place in found or place[0].graph is not model.graph or place[0].is_initializer():
             continue
         size = coupling.size(*place)
@@ -40,7 +40,8 @@ def observe(model: ir.Model, coupling: Coupling, calibration: Calibration) -> Ac
     return found
 
 
-def _multiplied(sink: Sink) -> tuple[ir.Value, int] | None:
+def multiplied(sink: Sink) -> tuple[ir.Value, int] | None:
+    """Return the value, and its axis, that the weight of a sink is multiplied by."""
     value = None if sink.other is None else sink.node.inputs[sink.other[0]]
     return None if value is None or sink.other is None else (value, sink.other[1])
 
@@ -58,7 +59,7 @@ def activation(group: Group, coupling: Coupling, activity: Activity) -> Scores |
     for sink in coupling.sinks:
         weight = sink.node.inputs[sink.index]
         member = None if weight is None else consumers.get((weight, sink.axis))
-        place = _multiplied(sink)
+        place = multiplied(sink)
         moments = None if place is None else activity.get(place)
         if member is None or moments is None or not moments.usable or moments.size % len(member.units):
             continue

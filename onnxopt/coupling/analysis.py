@@ -83,6 +83,11 @@ class Group:
         return len(self.roots)
 
     @property
+    def noun(self) -> str:
+        """What its units are called."""
+        return "channels" if self.span == 1 else f"blocks of {self.span} channels"
+
+    @property
     def makers(self) -> tuple[Member, ...]:
         """The constants that the units are computed from."""
         return tuple(m for m in self.members if not m.consumes and m.tensor.dtype in FLOATS)
@@ -123,6 +128,11 @@ class Coupling:
         """Return the size of an axis, or None when it is not known."""
         found = self._places.get((value, axis))
         return None if found is None else found.size
+
+    def labels_of(self, value: ir.Value, axis: int) -> Ints | None:
+        """Return the unit of each index of an axis, or None when its size is not known."""
+        found = self._places.get((value, axis))
+        return None if found is None else self.labels[found.first : found.first + found.size]
 
     def frozen(self, value: ir.Value, axis: int) -> str | None:
         """Return why no index of an axis can be removed, or None when at least one can."""

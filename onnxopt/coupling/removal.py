@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,10 @@ from onnxopt.graph import (
     constant_tensor,
     drop_unused_constants,
     insert_before,
+    is_op,
     make_node,
     remove_unused,
+    scopes,
 )
 from onnxopt.proto.collector import garbage_collection_paused
 
@@ -38,6 +40,7 @@ class Removal:
         """Remove nothing yet."""
         self.model, self.coupling = model, coupling
         self._original = _clone(model)
+        self._counterparts = dict(zip(_constants(model), _constants(self._original), strict=True))
         self._order = {node: index for index, node in enumerate(all_nodes(model))}
         self._names = Names(model)
         self._kept: Mask = np.ones(len(coupling.labels), bool)
@@ -72,6 +75,30 @@ class Removal:
         rewrites = {id(rewrite): rewrite for value in masks for rewrite in self._watching[value]}
         for rewrite in rewrites.values():
             rewrite.apply(self)
+
+    def replace(self, value: ir.Value, array: npt.NDArray[Any]) -> None:
+        """Give a constant other numbers, in the original that the result is compared with as well.
+
+        Args:
+            value: The constant.
+            array: All of its elements, also those that were removed.
+        """
+        for constant in (value, self._counterparts[value]):
+            tensor = constant_tensor(constant)
+            assert tensor is not None, "only constants have numbers"
+            _set_tensor(constant, array, tensor)
+        tensor = constant_tensor(value)
+        assert tensor is not None, "it was set"
+        for axis in range(len(tensor.shape)):
+            if (value, axis) in self._place:
+                array = np.compress(self.kept(value, axis), array, axis=axis)
+        _set_tensor(value, array, tensor)
+
+    def whole(self, value: ir.Value) -> npt.NDArray[Any]:
+        """Return a constant with all of its elements, also those that were removed."""
+        tensor = constant_tensor(self._counterparts[value])
+        assert tensor is not None, "only constants have numbers"
+        return tensor.numpy()
 
     @property
     def remaining(self) -> Mapping[str, Mapping[int, Ints]]:
@@ -141,6 +168,15 @@ class Removal:
     def opset(self) -> int:
         """Return the version of the standard operators."""
         return self.coupling.opset
+
+
+def _constants(model: ir.Model) -> Iterator[ir.Value]:
+    """Yield the constants of a model in an order that its clones share."""
+    for scope in scopes(model):
+        yield from scope.graph.initializers.values()
+        for node in scope.graph:
+            if is_op(node, "Constant"):
+                yield node.outputs[0]
 
 
 def _clone(model: ir.Model) -> ir.Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from onnxopt.coupling.analysis import Group
 from onnxopt.coupling.importance import Scores
 from onnxopt.coupling.partition import Ints
 
@@ -23,6 +24,12 @@ def rounded(wanted: float, width: int, multiple: int, least: int) -> int:
     while multiple > 1 and wanted < 2 * multiple:
         multiple //= 2
     return min(width, max(least, round(wanted / multiple) * multiple))
+
+
+def kept(group: Group, ratio: float, multiple: int, least: int) -> int:
+    """Return how many units of a group stay when a part of them goes; blocks such as heads may go down to one."""
+    wanted = group.units * (1 - ratio)
+    return max(1, round(wanted)) if group.span > 1 else rounded(wanted, group.units, multiple, least)
 
 
 def least_important(scores: Scores, count: int) -> Ints:

@@ -14,7 +14,7 @@ from onnxopt.coupling.activity import activation, observe
 from onnxopt.coupling.analysis import Coupling, Group, analyse
 from onnxopt.coupling.importance import Scores, magnitude
 from onnxopt.coupling.removal import Removal
-from onnxopt.coupling.selection import MAX_MULTIPLE, least_important, rounded
+from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important
 from onnxopt.coupling.sharing import copy_apart, shared_vectors
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
@@ -99,12 +99,12 @@ class PruneChannels(GraphPass):
             site = Site(self.name, paths[group.makers[0].graph], group.name)
             keep = self._keep(group)
             if keep >= group.units:
-                yield Refusal(site, f"its {group.units} {units(group)} are too few to remove any")
+                yield Refusal(site, f"its {group.units} {group.noun} are too few to remove any")
                 continue
             gone = least_important(scores(group), group.units - keep)
             yield Edit(
                 site,
-                f"{group.units} to {keep} {units(group)}",
+                f"{group.units} to {keep} {group.noun}",
                 functools.partial(removal.remove, group.roots[gone]),
                 (Width(group.name, group.units, keep),),
                 removal.zeroed,
@@ -126,9 +126,7 @@ class PruneChannels(GraphPass):
 
     def _keep(self, group: Group) -> int:
         """Return how many units of a group stay."""
-        if group.span > 1:
-            return max(1, round(group.units * (1 - self.ratio)))
-        return rounded(group.units * (1 - self.ratio), group.units, self.multiple, self.min_channels)
+        return kept(group, self.ratio, self.multiple, self.min_channels)
 
     def _refusals(self, model: ir.Model, coupling: Coupling) -> Iterator[Refusal]:
         """Yield the weights whose input channels must all stay, and why."""
@@ -149,8 +147,3 @@ def _gains(model: ir.Model, coupling: Coupling) -> bool:
     apart = model.clone()
     copy_apart(apart, shared_vectors(apart))
     return sum(group.parameters for group in analyse(apart).groups) > sum(g.parameters for g in coupling.groups)
-
-
-def units(group: Group) -> str:
-    """Return what the units of a group are called."""
-    return "channels" if group.span == 1 else f"blocks of {group.span} channels"

@@ -1,0 +1,144 @@
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from click.testing import CliRunner
+
+import onnxopt
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
+from onnxopt.cli import cli
+from onnxopt.contract import Context, Refusal, Width
+from onnxopt.errors import UsageError
+from onnxopt.passes.prune.merge_channels import MergeChannels
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def build(text, opset=17, constants=None, **arrays):
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : {opset}]> agraph {text}')
+    for name, array in {**arrays, **(constants or {})}.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def twins(scale=2.0):
+    """Build a perceptron whose neurons come in pairs, the second one a multiple of the first."""
+    half = random(16, 8)
+    return build(
+        "(float[batch,16] x) => (float[batch,4] y) { a = MatMul(x, w) r = Relu(a) y = MatMul(r, v) }",
+        w=np.concatenate([half, half * np.float32(scale)], axis=1), v=random(16, 4, seed=1),
+    )  # fmt: skip
+
+
+def context(model, feeds=None):
+    data = None if feeds is None else calibration(feeds, real=True)
+    return Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model), calibration=data)
+
+
+def run(model, x):
+    return ort.InferenceSession(ir.to_proto(model).SerializeToString()).run(None, {"x": x})[0]
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_neurons_that_are_multiples_merge_without_loss(data):
+    model, x = twins(), random(32, 16, seed=2)
+    before = run(model, x)
+    ctx = context(model, [{"x": x}] if data else None)
+    (edit,) = MergeChannels(ratio=0.5).run(model, ctx)
+    assert edit.summary == "16 to 8 channels, the others merged into them"
+    assert edit.widths == (Width("w", 16, 8),)
+    edit.apply()
+    assert list(model.graph.initializers["w"].const_value.shape) == [16, 8]
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(edit.reference(), x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_residual_stream_is_summed_up_behind_every_layer():
+    model = build(
+        """(float[1,3,6,6] x) => (float[1,2,6,6] y) {
+        a = Conv(x, w) b = Relu(a) c = Conv(b, u) d = Add(b, c) e = Relu(d) y = Conv(e, v) }""",
+        w=np.concatenate([random(4, 3, 1, 1)] * 2), u=np.concatenate([random(4, 8, 1, 1, seed=1)] * 2),
+        v=random(2, 8, 1, 1, seed=2),
+    )  # fmt: skip
+    x = random(1, 3, 6, 6, seed=3)
+    before = run(model, x)
+    (edit,) = MergeChannels(ratio=0.5).run(model, context(model, [{"x": x}]))
+    edit.apply()
+    assert list(model.graph.initializers["u"].const_value.shape) == [4, 4, 1, 1]
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_channels_that_are_flattened_merge_place_by_place():
+    model = build(
+        "(float[1,3,4,4] x) => (float[1,5] y) { a = Conv(x, w) b = Relu(a) c = Flatten(b) y = MatMul(c, v) }",
+        w=np.concatenate([random(4, 3, 1, 1), 3 * random(4, 3, 1, 1)]), v=random(128, 5),
+    )  # fmt: skip
+    x = random(1, 3, 4, 4, seed=3)
+    before = run(model, x)
+    (edit,) = MergeChannels(ratio=0.5).run(model, context(model, [{"x": x}]))
+    edit.apply()
+    assert list(model.graph.initializers["v"].const_value.shape) == [64, 5]
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_multiplied_by_other_results_is_left_alone():
+    model = build(
+        """(float[2,3,16] x) => (float[2,3,3] y) {
+        q = MatMul(x, wq) k = MatMul(x, wk) t = Transpose <perm = [0, 2, 1]> (k) y = MatMul(q, t) }""",
+        wq=random(16, 32), wk=random(16, 32),
+    )  # fmt: skip
+    found = [item for item in MergeChannels().run(model, context(model)) if isinstance(item, Refusal)]
+    assert [item.reason for item in found] == [
+        "it is also multiplied by other results, which cannot be summed up ahead"
+    ]
+
+
+def test_too_few_channels():
+    model = build(
+        "(float[2,3] x) => (float[2,4] y) { a = MatMul(x, w) y = MatMul(a, v) }", w=random(3, 4), v=random(4, 4)
+    )
+    (refusal,) = MergeChannels().run(model, context(model))
+    assert refusal.reason == "its 4 channels are too few to merge any"
+
+
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"multiple": 0}, {"min_channels": 0}])
+def test_options(options):
+    with pytest.raises(UsageError, match=f"merge-channels: {next(iter(options))} is"):
+        MergeChannels(**options)
+
+
+def test_the_original_is_not_written_into():
+    model = twins()
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    result = onnxopt.optimize(model, passes="merge-channels{ratio=0.5}", max_error=0.01, measure=False)
+    assert [edit.site.output for edit in result.report.passes[0].applied] == ["w"]
+    for name, array in before.items():
+        np.testing.assert_array_equal(model.graph.initializers[name].const_value.numpy(), array)
+
+
+@pytest.mark.parametrize("name", ["mnist_cnn.onnx", "mnist_cnn_bn.onnx"])
+def test_real_models_from_the_command_line(tmp_path, name):
+    out = tmp_path / "merged.onnx"
+    arguments = [
+        "optimize",
+        MODELS / name,
+        "-o",
+        out,
+        "--passes",
+        "merge-channels",
+        "--max-error",
+        "inf",
+        "--no-measure",
+    ]
+    result = CliRunner().invoke(cli, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    assert "64 to 48 channels, the others merged into them" in result.output
+    assert out.stat().st_size < 0.7 * (MODELS / name).stat().st_size
