@@ -43,6 +43,9 @@ from onnxopt.runtime import RunOptions, Session, open_session
 
 RESAMPLES = 2000
 
+RESAMPLED_ELEMENTS = 1 << 20
+"""Elements drawn at a time."""
+
 RESAMPLING_SECONDS = 3.0
 """Time for resampling a metric that must be computed again for every resample."""
 
@@ -187,6 +190,59 @@ def evaluate(
     return Evaluator(reference, data, labels, metric, options, seed=seed, kept_bytes=0).evaluate(candidate)
 
 
+def compare(
+    reference: Sequence[Outputs],
+    candidate: Sequence[Outputs],
+    labels: np.ndarray | None,
+    metric: str = "top1",
+    *,
+    seed: int = 0,
+) -> MetricResult:
+    """Compare outputs that are at hand; see `evaluate`.
+
+    Args:
+        reference: The original's outputs by name, for each sample.
+        candidate: The candidate's.
+        labels: One entry per sample, or None.
+        metric: Name of the metric.
+        seed: Seeds the bootstrap.
+
+    Raises:
+        UsageError: If there is no such metric.
+        DataError: If labels or outputs do not fit the metric, or there are no samples.
+    """
+    pairs = zip(reference, candidate, strict=True)
+    return _scored(pairs, _labels(labels, len(reference)), metric, seed, labelled=labels is not None)
+
+
+def _scored(
+    pairs: Iterable[tuple[Outputs, Outputs]],
+    labels: Iterable[np.ndarray | None],
+    metric: str,
+    seed: int,
+    *,
+    labelled: bool,
+) -> MetricResult:
+    score = _score(metric)
+    samples = 0
+    for outputs, label in zip(pairs, labels, strict=False):
+        score.add(*outputs, label)
+        samples += 1
+    if samples == 0:
+        raise DataError(f"There are no samples to compute {metric} on.")
+    found = score.result(seed)
+    return MetricResult(
+        metric,
+        found.baseline,
+        found.candidate,
+        found.drop,
+        found.low,
+        found.high,
+        samples=samples,
+        labelled=labelled,
+    )
+
+
 class Evaluator:
     """Compares candidates with one original, whose outputs are computed once and kept as far as memory allows."""
 
@@ -230,26 +286,9 @@ class Evaluator:
             DataError: If labels or outputs do not fit the metric, or there are no samples.
             RuntimeFailure: If a model does not run.
         """
-        score = _score(self._metric)
-        samples = 0
-        for outputs, label in zip(
-            self._pairs(models.load(candidate)), _labels(self._labels, len(self._data)), strict=False
-        ):
-            score.add(*outputs, label)
-            samples += 1
-        if samples == 0:
-            raise DataError(f"There are no samples to compute {self._metric} on.")
-        found = score.result(self._seed)
-        return MetricResult(
-            self._metric,
-            found.baseline,
-            found.candidate,
-            found.drop,
-            found.low,
-            found.high,
-            samples=samples,
-            labelled=self._labels is not None,
-        )
+        pairs = self._pairs(models.load(candidate))
+        labels = _labels(self._labels, len(self._data))
+        return _scored(pairs, labels, self._metric, self._seed, labelled=self._labels is not None)
 
     def _pairs(self, candidate: ir.Model) -> Iterator[tuple[Outputs, Outputs]]:
         """Yield the outputs of both models, sample by sample."""
@@ -626,11 +665,13 @@ def _checked(size: int, metric: str) -> int:
 
 def _bootstrap_mean(values: np.ndarray, seed: int) -> tuple[float, float]:
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(RESAMPLES)]
-    return _widened(means, float(values.mean()), len(values))
+    at_once = max(1, RESAMPLED_ELEMENTS // len(values))
+    sizes = [min(at_once, RESAMPLES - start) for start in range(0, RESAMPLES, at_once)]
+    means = [values[rng.integers(len(values), size=(size, len(values)))].mean(axis=1) for size in sizes]
+    return _widened(np.concatenate(means), float(values.mean()), len(values))
 
 
-def _widened(resampled: list[float], found: float, samples: int) -> tuple[float, float]:
+def _widened(resampled: list[float] | np.ndarray, found: float, samples: int) -> tuple[float, float]:
     """Return the middle 95% of resampled values, widened as Student's t is for few samples."""
     if samples < 2:
         return -math.inf, math.inf

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 from collections.abc import Sequence
 from typing import Literal
 
@@ -114,13 +115,88 @@ def fit(record: Record, limits: Limits, reach: float = 1.0) -> Fit:
     return "within" if high <= limits.max_drop else "unproven"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a candidate stands to the budget when all are judged together.
+
+    Attributes:
+        fit: The answer.
+        reach: So many times as far from the drop its interval was taken to end.
+    """
+
+    fit: Fit
+    reach: float
+
+
+def reach(metric: str, tests: int) -> float:
+    """Return how much farther the ends of 95% intervals must lie for so many of them to hold together.
+
+    The error that is allowed is shared out among the tests. For top1 what limits most is how many losses were seen,
+    rare events: where none was, 3.0 = ln 20 were to be expected, and ln(20 * tests) for several. Other metrics are
+    taken to be normally distributed. A two-sided interval already allows two tests of one side.
+
+    Args:
+        metric: Name of the metric.
+        tests: How many intervals.
+    """
+    if metric == "top1":
+        return math.log(20 * tests) / math.log(20)
+    normal = statistics.NormalDist()
+    return max(1.0, normal.inv_cdf(1 - 0.05 / tests) / normal.inv_cdf(0.975))
+
+
+def judged(records: Sequence[Record], limits: Limits) -> dict[str, Verdict]:
+    """Return how each candidate stands to the budget, so that a wrong "within" has a chance of 5% for all of them.
+
+    This is Holm's procedure: the candidate with most room below the budget is tested first, against the error
+    shared out among all; each that passes leaves one fewer for the rest; after one that does not, none does.
+
+    Args:
+        records: The candidates, each with a name of its own.
+        limits: The budget.
+    """
+    verdicts = {r.name: Verdict(fit(r, limits), 1.0) for r in records}
+    tested = sorted((r for r in records if _is_tested(r, limits)), key=lambda r: (-_room(r, limits), r.name))
+    passing = True
+    factor = 1.0
+    for place, record in enumerate(tested):
+        if passing:
+            factor = reach(record.metric.name if record.metric else "", len(tested) - place)
+        found = fit(record, limits, factor)
+        passing = passing and found == "within"
+        verdicts[record.name] = Verdict("unproven" if found == "within" and not passing else found, factor)
+    return verdicts
+
+
+def open_tests(records: Sequence[Record], limits: Limits) -> int:
+    """Return how many candidates were tested and not found within the budget."""
+    verdicts = judged(records, limits)
+    return sum(_is_tested(r, limits) and verdicts[r.name].fit != "within" for r in records)
+
+
+def _is_tested(record: Record, limits: Limits) -> bool:
+    """Whether the candidate could win by a wrong interval."""
+    judgeable = limits.max_drop is not None and record.metric is not None
+    return judgeable and not (record.lossless or record.failure or record.slower)
+
+
+def _room(record: Record, limits: Limits) -> float:
+    """Return how far the budget lies above the drop, in lengths of the interval's upper half."""
+    assert record.metric is not None and limits.max_drop is not None, "only tested candidates come here"
+    room, half = limits.max_drop - record.metric.drop, record.metric.high - record.metric.drop
+    if math.isnan(room) or math.isnan(half):
+        return -math.inf
+    return room / half if half > 0 else math.copysign(math.inf, room)
+
+
 def eligible(records: Sequence[Record], limits: Limits) -> list[Record]:
     """Return those that may win: within the budget, run, and not slower than the original."""
+    verdicts = judged(records, limits)
     return [
         r
         for r in records
         if r.lossless
-        or (not r.failure and r.speed is not None and not r.slower and fit(r, limits) == "within" and r.bytes)
+        or (not r.failure and r.speed is not None and not r.slower and verdicts[r.name].fit == "within" and r.bytes)
     ]
 
 
@@ -130,8 +206,7 @@ def contenders(records: Sequence[Record], limits: Limits, objective: Objective) 
     if objective == "size":
         least = min(r.bytes or 0 for r in possible)
         return [r for r in possible if (r.bytes or 0) <= least * (1 + SAME_SIZE)]
-    fastest = min(possible, key=lambda r: (_ratio(r), r.name))
-    high = 1.0 if fastest.speed is None else fastest.speed.high
+    high = min(1.0 if r.speed is None else r.speed.high for r in possible)
     return [r for r in possible if (r.speed.low if r.speed else 1.0) <= high]
 
 
@@ -159,15 +234,20 @@ def _ratio(record: Record) -> float:
     return 1.0 if record.speed is None else record.speed.ratio
 
 
-def needed_samples(metric: MetricResult, max_drop: float) -> int | None:
+def needed_samples(metric: MetricResult, max_drop: float, reach: float = 1.0) -> int | None:
     """Return about how many samples would prove a drop that is within the budget, or None where none would.
 
     The interval shrinks with the root of the number of samples; of a loss that was never seen with the number itself.
+
+    Args:
+        metric: What was found.
+        max_drop: The budget.
+        reach: So many times as far from the drop the interval is taken to end.
     """
-    room, reach = max_drop - metric.drop, metric.high - metric.drop
-    if room <= 0 or not math.isfinite(reach):
+    room, half = max_drop - metric.drop, reach * (metric.high - metric.drop)
+    if room <= 0 or not math.isfinite(half):
         return None
-    factor = reach / room
+    factor = half / room
     if factor > BEYOND_REACH:
         return None
     wanted = metric.samples * (factor if metric.drop == 0 and metric.name == "top1" else factor**2)
@@ -212,11 +292,11 @@ def _outcome(
     if record.slower and not record.lossless:
         assert record.speed is not None
         return "slower", _slowness(record.speed)
-    found = fit(record, limits)
-    if found == "over":
+    verdict = judged(records, limits)[record.name]
+    if verdict.fit == "over":
         return "over budget", _excess(record, limits)
-    if found == "unproven":
-        return "not proven", _doubt(record, limits)
+    if verdict.fit == "unproven":
+        return "not proven", _doubt(record, limits, verdict.reach)
     if record.speed is None and not record.lossless:
         return "failed", "it was not measured"
     return "kept", _second(record, winner, limits, objective)
@@ -269,12 +349,15 @@ def _excess(record: Record, limits: Limits) -> str:
     )
 
 
-def _doubt(record: Record, limits: Limits) -> str:
+def _doubt(record: Record, limits: Limits, reach: float) -> str:
     metric, allowed = record.metric, limits.max_drop
     assert metric is not None and allowed is not None
+    high = metric.drop + reach * (metric.high - metric.drop)
     text = (
         f"{metric.name} drops by {metric.drop:.4g}, but {count(metric.samples, 'sample')} cannot rule out "
-        f"{metric.high:.4g}, and {allowed:.4g} is allowed"
+        f"{high:.4g}, and {allowed:.4g} is allowed"
     )
-    wanted = needed_samples(metric, allowed)
+    if reach > 1 and metric.high <= allowed < high:
+        text += ", where several candidates are to be right together"
+    wanted = needed_samples(metric, allowed, reach)
     return text if wanted is None else f"{text}; about {wanted:,} samples to judge by would show it"

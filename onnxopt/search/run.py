@@ -26,10 +26,6 @@ RELIEVING_SECONDS = 120.0
 TRIES = 3
 """So many sets of layers left in floating point are judged for one candidate."""
 
-REACH = 1.36
-"""By how much the intervals of so many tries are widened to hold together with 95% confidence: rare events are what
-most depends on it, and 3.0 of them become ln(20 * 3) = 4.1."""
-
 RELIEVED = 2
 """So many candidates are tried with layers left in floating point, at most."""
 
@@ -167,7 +163,9 @@ class Search:
     def _misses(self, record: Record) -> bool:
         """Return whether a candidate runs, is not slower, and misses the budget by what it loses."""
         runs = not record.failure and record.speed is not None and not record.slower
-        return runs and record.loss > 0 and decision.fit(record, self._limits) != "within"
+        if not runs or record.loss <= 0:
+            return False
+        return decision.judged(self._records(), self._limits)[record.name].fit != "within"
 
     def _relieved(self, entry: Entry, end: float) -> Entry | None:
         """Return a candidate with the fewest layers left in floating point that meet the budget."""
@@ -197,6 +195,8 @@ class Search:
 
         groups = sensitivity.rank(layers, distance, in_time=lambda: self._clock() < ranked)
         judged: dict[int, Entry] = {}
+        # The first of several tries that fits is more likely to fit by luck, and other candidates may as well.
+        tests = TRIES + decision.open_tests(self._records(), self._limits)
 
         def good(chosen: tuple[sensitivity.Group, ...]) -> bool:
             if self._clock() >= end:
@@ -204,7 +204,8 @@ class Search:
             spared = _reasons(chosen)
             self._progress.label = f"{entry.record.name} with {count(len(spared), 'layer')} left in floating point"
             record = self._lab.judge(proposal, spared)
-            if record.failure or decision.fit(record, self._limits, REACH) != "within":
+            factor = decision.reach(record.metric.name, tests) if record.metric is not None else 1.0
+            if record.failure or decision.fit(record, self._limits, factor) != "within":
                 return False
             judged[len(chosen)] = Entry(proposal, spared, _named(record, spared))
             return True

@@ -13,7 +13,19 @@ from hypothesis import strategies as st
 
 from onnxopt.metrics import MetricResult
 from onnxopt.report.data import OBJECTIVES, Objective
-from onnxopt.search.decision import Limits, Record, Speed, choose, describe, eligible, fit, needed_samples
+from onnxopt.search.decision import (
+    Limits,
+    Record,
+    Speed,
+    choose,
+    describe,
+    eligible,
+    fit,
+    judged,
+    needed_samples,
+    open_tests,
+    reach,
+)
 
 
 def metric(drop: float, high: float, samples: int = 100, name: str = "top1") -> MetricResult:
@@ -83,6 +95,44 @@ def test_what_the_samples_cannot_prove_does_not_win_and_says_how_many_would() ->
     assert found.status == "not proven"
     assert "100 samples cannot rule out 0.03" in found.reason
     assert found.reason.endswith("about 300 samples to judge by would show it")
+
+
+def test_the_error_allowed_is_shared_out_among_tests() -> None:
+    assert [round(reach("top1", n), 2) for n in (1, 2, 3, 8)] == [1.0, 1.23, 1.37, 1.69]
+    assert [round(reach("cosine", n), 2) for n in (1, 2, 3, 8)] == [1.0, 1.0, 1.09, 1.27]
+
+
+def test_a_candidate_that_just_fits_alone_does_not_among_others_that_may_not() -> None:
+    close = candidate("close", drop=0.004, high=0.0095)
+    assert judged([KEEP, close], LIMITS)["close"].fit == "within"
+    many = [candidate(f"over{i}", drop=0.02, high=0.03) for i in range(4)]
+    verdict = judged([KEEP, close, *many], LIMITS)["close"]
+    assert (verdict.fit, round(verdict.reach, 2)) == ("unproven", 1.54)
+    assert choose([KEEP, close, *many], LIMITS, "latency") is KEEP
+    told = outcome(close, *many)
+    assert told.status == "not proven"
+    assert (
+        "cannot rule out 0.01245, and 0.01 is allowed, where several candidates are to be right together" in told.reason
+    )
+    assert "about 200 samples" in told.reason
+    assert open_tests([KEEP, close, *many], LIMITS) == 5
+
+
+def test_those_with_room_to_spare_leave_the_rest_their_share() -> None:
+    close = candidate("close", drop=0.004, high=0.0095)
+    clear = [candidate(f"clear{i}", drop=0.0, high=0.001) for i in range(4)]
+    verdicts = judged([KEEP, close, *clear], LIMITS)
+    assert {v.fit for v in verdicts.values()} == {"within"}
+    assert verdicts["close"].reach == 1.0
+    # What was shown to be slower, or did not run, cannot win by a wrong interval.
+    slower = [candidate(f"slower{i}", ratio=1.5, drop=0.02, high=0.03) for i in range(4)]
+    assert judged([KEEP, close, *slower], LIMITS)["close"].fit == "within"
+
+
+def test_after_one_that_fails_none_is_within() -> None:
+    first = candidate("first", drop=0.0, high=0.0085)
+    second = candidate("second", drop=0.0, high=0.0095)
+    assert [judged([KEEP, first, second], LIMITS)[n].fit for n in ("first", "second")] == ["unproven", "unproven"]
 
 
 def test_needed_samples() -> None:
