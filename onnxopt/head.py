@@ -23,7 +23,7 @@ from onnxopt.heads.attach import append_head, name_classes, replace_head
 from onnxopt.heads.features import run_up_to, value_named
 from onnxopt.heads.labelled import Classes, Labelled, Source, classes_of, load_labelled, require_enough
 from onnxopt.heads.locate import Head, find_head
-from onnxopt.heads.plan import Plan, plan
+from onnxopt.heads.plan import Plan, earlier, plan
 from onnxopt.model import load
 from onnxopt.probe.classifier import Array, Linear, log_softmax
 from onnxopt.probe.validation import METHODS, Accuracy, Step, compare, confusions, learning_curve
@@ -31,6 +31,9 @@ from onnxopt.report.head import Confusion, HeadReport, MethodScore
 from onnxopt.runtime import RunOptions, open_session
 
 Method = Literal["auto", "ridge", "logistic"]
+
+AUTO = "auto"
+"""As features, those of the last three linear layers that classify best."""
 
 CHECKED = 256
 """Samples on which the written model is compared with the classifier computed in numpy."""
@@ -90,7 +93,8 @@ def head(
         data: Labelled samples: an .npz, an array per input (and "labels"), or what else `load_data` takes.
         labels: A class per sample, whole numbers or strings; None when they lie with the inputs as "labels".
         classes: How many classes there are; None to take what the labels hold.
-        at: Name of the value to use as features; None for what goes into the old head.
+        at: Name of the value to use as features; None for what goes into the old head; "auto" for that or what goes
+            into one of the two linear layers before, whichever classifies best by cross-validation.
         method: "ridge", "logistic", or "auto" for the better one by cross-validation.
         folds: Folds of the cross-validation.
         curve: Whether to find out how the accuracy grows with the number of labelled samples.
@@ -119,10 +123,7 @@ def head(
     labelled = load_labelled(data, labels, source)
     kinds = classes_of(labelled, classes)
     tested = None if test is None else load_labelled(test, test_labels, source)
-    planned = plan(source, labelled.data, options, at)
-    features = run_up_to(planned.trunk, planned.features, labelled.data, options, progress)
-    numbers = _numbers(kinds, labelled, len(features))
-    require_enough(numbers, kinds, folds)
+    planned, features, numbers, tried = _features(source, labelled, kinds, at, folds, seed, options, progress)
 
     methods = tuple(METHODS) if method == "auto" else (method,)
     scores = compare(methods, features, numbers, len(kinds), folds=folds, seed=seed, progress=progress)
@@ -159,10 +160,42 @@ def head(
         test_accuracy=accuracy,
         checked=min(CHECKED, len(features)),
         deviation=worst,
-        notes=(*planned.notes, *notes, *labelled.data.notes),
+        notes=(*tried, *planned.notes, *notes, *labelled.data.notes),
         seconds=time.perf_counter() - started,
     )
     return HeadResult(result, report, fitted)
+
+
+def _features(
+    model: ir.Model,
+    labelled: Labelled,
+    kinds: Classes,
+    at: str | None,
+    folds: int,
+    seed: int,
+    options: RunOptions,
+    progress: Progress,
+) -> tuple[Plan, Array, Array, list[str]]:
+    """Return where the head goes, the features and classes of the samples, and how the features were chosen."""
+    planned = plan(model, labelled.data, options, None if at == AUTO else at)
+    features = run_up_to(planned.trunk, planned.features, labelled.data, options, progress)
+    numbers = _numbers(kinds, labelled, len(features))
+    require_enough(numbers, kinds, folds)
+    names = earlier(model) if at == AUTO else []
+    if not names:
+        return planned, features, numbers, []
+    found = [(planned, features)]
+    for name in names:
+        other = plan(model, labelled.data, options, name)
+        found.append((other, run_up_to(other.trunk, other.features, labelled.data, options, progress)))
+    right = [
+        compare(("ridge",), each, numbers, len(kinds), folds=folds, seed=seed, progress=progress)[0].accuracy
+        for _, each in found
+    ]
+    # Of equals the nearest to the head: argmax returns the first.
+    planned, features = found[int(np.argmax([a.right for a in right]))]
+    listed = ", ".join(f"{p.source} {a.share:.1%}" for (p, _), a in zip(found, right, strict=True))
+    return planned, features, numbers, [f"Features were chosen by what ridge regression makes of them: {listed}."]
 
 
 def _name(model: object) -> str:

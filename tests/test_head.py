@@ -210,6 +210,23 @@ def test_features_can_be_chosen() -> None:
     assert sorted(result.model.graph.initializers) == ["head.bias", "head.weight"]
 
 
+def test_the_layer_that_tells_most_is_found() -> None:
+    """The last layer has lost what tells the classes apart; the one before has it."""
+    lost = weight(5, 5) * np.array([1, 0, 0, 0, 0], np.float32)
+    proto = model(
+        "h = Relu(x) s = Gemm(h, w) r = Relu(s) t = Gemm(r, l) q = Relu(t) y = Gemm(q, v)",
+        w=weight(6, 5),
+        l=lost,
+        v=weight(5, 4),
+    )
+    result = new_head(proto, samples(6, count=60), at="auto")
+    assert result.report.features in ("r", "h")
+    assert "Features were chosen" in result.report.notes[0]
+    assert (
+        result.report.methods[0].accuracy.share > new_head(proto, samples(6, count=60)).report.methods[0].accuracy.share
+    )
+
+
 def test_labels_may_be_strings_and_come_from_a_file(tmp_path: Path) -> None:
     data = samples(6)
     names = np.array(["cat", "dog", "emu"])[data.pop("labels")]

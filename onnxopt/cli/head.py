@@ -40,7 +40,11 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
 @click.option(
     "--labels", metavar="FILE", type=click.Path(), help='The classes of --data, an .npy; by default its key "labels".'
 )
-@click.option("--at", metavar="VALUE", help="The value to use as features, instead of what the old head takes.")
+@click.option(
+    "--at",
+    metavar="VALUE|auto",
+    help="The value to use as features, instead of what the old head takes; auto tries the layers before too.",
+)
 @click.option(
     "--method",
     type=click.Choice(["auto", "ridge", "logistic"]),

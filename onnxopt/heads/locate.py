@@ -95,7 +95,7 @@ def _linear_before(output: ir.Value) -> tuple[ir.Node, ir.Node | None, frozenset
             continue
         product = _bias(node)
         linear = node if product is None else product
-        if _is_layer(linear):
+        if is_layer(linear):
             found[linear] = None if product is None else node
             continue
         if not (is_op(node, *KEPT, *POOLS, *BYPASSED, "Sigmoid")):
@@ -123,7 +123,7 @@ def _bias(node: ir.Node) -> ir.Node | None:
     return None
 
 
-def _is_layer(node: ir.Node) -> bool:
+def is_layer(node: ir.Node) -> bool:
     """Return whether a node is a linear layer whose weight does not depend on the inputs of the model."""
     if not is_op(node, *_LINEAR) or has_references(node) or len(node.inputs) < 2 or node.inputs[0] is None:
         return False

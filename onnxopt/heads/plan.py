@@ -11,9 +11,9 @@ from onnxopt.analysis.task import class_scores, main_output
 from onnxopt.analysis.weights import FLOATS
 from onnxopt.errors import ModelError, UsageError
 from onnxopt.feeds import Data
-from onnxopt.graph import attribute, is_op
+from onnxopt.graph import attribute, constant_tensor, is_op
 from onnxopt.heads.features import first_of, value_named, values_of
-from onnxopt.heads.locate import Head, find_head, weight_shape
+from onnxopt.heads.locate import Head, find_head, is_layer, weight_shape
 from onnxopt.heads.pooling import pool
 from onnxopt.registry import nearest
 from onnxopt.runtime import RunOptions
@@ -74,6 +74,26 @@ def plan(model: ir.Model, data: Data, options: RunOptions, at: str | None) -> Pl
     output = main_output(model)
     name = output.name if scores and output is not None and output.name else "logits"
     return _appended(model, value.name or "", array, name, _single(activation), notes)
+
+
+def earlier(model: ir.Model, most: int = 2) -> list[str]:
+    """Return what linear layers before the head take, the nearest first: other features to classify by.
+
+    Args:
+        model: The model.
+        most: How many at most.
+    """
+    head = find_head(model)
+    value: ir.Value | None = head.features if isinstance(head, Head) else _embedding(model)
+    names: list[str] = []
+    while value is not None and len(names) < most:
+        node = value.producer()
+        if node is None:
+            break
+        value = next((v for v in node.inputs if v is not None and constant_tensor(v) is None), None)
+        if is_layer(node) and value is not None and value.producer() is not None:
+            names.append(value.name or "")
+    return names
 
 
 def _of_head(model: ir.Model, head: Head, first: np.ndarray) -> Plan:
