@@ -15,6 +15,7 @@ import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnxopt.advise import advise
     from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
     from onnxopt.errors import OnnxOptError
     from onnxopt.graft import extract, graft
@@ -45,6 +46,7 @@ _HOMES = {
     "Report": "onnxopt.report.data",
     "Result": "onnxopt.optimize",
     "Site": "onnxopt.contract",
+    "advise": "onnxopt.advise",
     "distill": "onnxopt.training.distill",
     "extract": "onnxopt.graft",
     "graft": "onnxopt.graft",
@@ -72,6 +74,7 @@ __all__ = [
     "Report",
     "Result",
     "Site",
+    "advise",
     "distill",
     "extract",
     "finetune",

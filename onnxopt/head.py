@@ -14,16 +14,13 @@ from typing import Literal
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass
 
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import DataError, UsageError, VerificationError
 from onnxopt.feeds import Data
-from onnxopt.heads.attach import append_head, name_classes, replace_head
-from onnxopt.heads.features import run_up_to, value_named
+from onnxopt.heads.features import run_up_to
 from onnxopt.heads.labelled import Classes, Labelled, Source, classes_of, load_labelled, require_enough
-from onnxopt.heads.locate import Head, find_head
-from onnxopt.heads.plan import Plan, earlier, plan
+from onnxopt.heads.plan import Plan, earlier, inlined, plan, written
 from onnxopt.model import load
 from onnxopt.probe.classifier import Array, Linear, log_softmax
 from onnxopt.probe.validation import METHODS, Accuracy, Step, compare, confusions, learning_curve
@@ -119,7 +116,7 @@ def head(
         raise UsageError(f'There is no method "{method}"; there are auto, {", ".join(METHODS)}.')
     progress, started = progress or Silent(), time.perf_counter()
     options = RunOptions(provider or "cpu", threads, tuple(custom_ops), allow_fallback)
-    source = _inlined(load(model))
+    source = inlined(load(model))
     labelled = load_labelled(data, labels, source)
     kinds = classes_of(labelled, classes)
     tested = None if test is None else load_labelled(test, test_labels, source)
@@ -130,7 +127,7 @@ def head(
     best = scores[0]
     progress.stage(f"fitting {best.method}")
     fitted = METHODS[best.method](features, numbers, len(kinds))
-    result, notes, changed = _written(source, planned, fitted, kinds)
+    result, notes, changed = written(source, planned, fitted, kinds.names)
     _require_others(source, result, labelled.data, options, changed)
     worst = _verified(result, planned, fitted, features, labelled.data, options, progress)
     steps: tuple[Step, ...] = ()
@@ -202,15 +199,6 @@ def _name(model: object) -> str:
     return os.fspath(model) if isinstance(model, (str, os.PathLike)) else "the model"
 
 
-def _inlined(model: ir.Model) -> ir.Model:
-    """Return a copy without functions: a head may be inside one."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    if copy.functions:
-        InlinePass()(copy)
-    return copy
-
-
 def _numbers(kinds: Classes, labelled: Labelled, rows: int) -> Array:
     """Return the class of each row of the features.
 
@@ -223,26 +211,6 @@ def _numbers(kinds: Classes, labelled: Labelled, rows: int) -> Array:
             f"{rows} rows."
         )
     return kinds.numbers(labelled)
-
-
-def _written(source: ir.Model, planned: Plan, fitted: Linear, kinds: Classes) -> tuple[ir.Model, list[str], set[str]]:
-    """Return the model with the new head, what else was changed, and the outputs that depend on the head."""
-    notes: list[str] = []
-    changed = {planned.output}
-    if planned.replaces:
-        model = source.clone()
-        model.meta.update(source.meta)
-        found = find_head(model)
-        assert isinstance(found, Head), "the plan has found a head in the same graph"
-        changed = {v.name or "" for v in found.outputs}
-        notes = replace_head(model, found, fitted)
-    else:
-        model = planned.trunk.clone()
-        model.meta.update(planned.trunk.meta)
-        vectors = value_named(model, planned.features)
-        append_head(model, vectors, fitted, planned.dtype, activation=planned.activation, name=planned.output)
-    name_classes(model, kinds.names)
-    return model, notes, changed
 
 
 def _verified(

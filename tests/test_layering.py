@@ -20,9 +20,9 @@ LAYERS = [
     {"manager", "heads"},
     {"judge", "report", "preview"},
     {"slowness", "ground", "graft", "training"},
-    {"search", "transfer"},
+    {"search", "transfer", "advice"},
     {"optimize"},
-    {"quantize", "merge_trunk", "head"},
+    {"quantize", "merge_trunk", "head", "advise"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -30,6 +30,7 @@ _COMMANDS: dict[str, tuple[str, str]] = {
         "onnxopt.cli.merge_trunk",
         "Merge models that share their first layers into one with several heads.",
     ),
+    "advise": ("onnxopt.cli.advise", "Say whether a model helps with another task, and how to use it."),
     "head": ("onnxopt.cli.head", "Give a classifier a new head for other classes, from labelled samples."),
     "finetune": ("onnxopt.cli.finetune", "Train a model's parameters on labelled samples; the graph stays as it is."),
     "transfer": ("onnxopt.cli.transfer", "Move the parameters of one model into the graph of another."),

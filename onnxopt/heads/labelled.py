@@ -77,13 +77,7 @@ def load_labelled(source: Source, labels: str | os.PathLike[str] | Array | None,
     Raises:
         DataError: If there are none, they do not fit the model, or are no classes.
     """
-    inside = _key_inside(source, model)
-    if isinstance(source, Data):
-        data = source
-    elif isinstance(source, Mapping):
-        data = _from_arrays(source, inside)
-    else:
-        data = load_data(source, model, ignore=(inside,) if inside else ())
+    inside, data = _key_inside(source, model), load_unlabelled(source, model)
     if labels is None:
         if inside is None:
             raise DataError(
@@ -100,6 +94,20 @@ def load_labelled(source: Source, labels: str | os.PathLike[str] | Array | None,
     if len(checked) % len(data) or not len(checked):
         raise DataError(f"{_start(name)} holds {len(checked)} labels, but {data.name} has {len(data)} samples.")
     return Labelled(data, checked, name)
+
+
+def load_unlabelled(source: Source, model: ir.Model) -> Data:
+    """Open samples; labels that lie with them are left out.
+
+    Raises:
+        DataError: If there are none, or they do not fit the model.
+    """
+    inside = _key_inside(source, model)
+    if isinstance(source, Data):
+        return source
+    if isinstance(source, Mapping):
+        return _from_arrays(source, inside)
+    return load_data(source, model, ignore=(inside,) if inside else ())
 
 
 def classes_of(labelled: Labelled, expected: int | None) -> Classes:

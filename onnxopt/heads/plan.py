@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from onnxopt.analysis.task import class_scores, main_output
 from onnxopt.analysis.weights import FLOATS
 from onnxopt.errors import ModelError, UsageError
 from onnxopt.feeds import Data
 from onnxopt.graph import attribute, constant_tensor, is_op
+from onnxopt.heads.attach import append_head, name_classes, replace_head
 from onnxopt.heads.features import first_of, value_named, values_of
 from onnxopt.heads.locate import Head, find_head, is_layer, weight_shape
 from onnxopt.heads.pooling import pool
+from onnxopt.probe.classifier import Linear
 from onnxopt.registry import nearest
 from onnxopt.runtime import RunOptions
 
@@ -76,8 +80,41 @@ def plan(model: ir.Model, data: Data, options: RunOptions, at: str | None) -> Pl
     return _appended(model, value.name or "", array, name, _single(activation), notes)
 
 
+def written(
+    source: ir.Model, planned: Plan, fitted: Linear, classes: Sequence[str]
+) -> tuple[ir.Model, list[str], set[str]]:
+    """Return the model with the new head, what else was changed, and the outputs that depend on the head."""
+    notes: list[str] = []
+    changed = {planned.output}
+    if planned.replaces:
+        model = source.clone()
+        model.meta.update(source.meta)
+        found = find_head(model)
+        assert isinstance(found, Head), "the plan has found a head in the same graph"
+        changed = {v.name or "" for v in found.outputs}
+        notes = replace_head(model, found, fitted)
+    else:
+        model = planned.trunk.clone()
+        model.meta.update(planned.trunk.meta)
+        vectors = value_named(model, planned.features)
+        append_head(model, vectors, fitted, planned.dtype, activation=planned.activation, name=planned.output)
+    name_classes(model, classes)
+    return model, notes, changed
+
+
+def inlined(model: ir.Model) -> ir.Model:
+    """Return a copy without functions: a head may be inside one."""
+    copy = model.clone()
+    copy.meta.update(model.meta)
+    if copy.functions:
+        InlinePass()(copy)
+    return copy
+
+
 def earlier(model: ir.Model, most: int = 2) -> list[str]:
     """Return what linear layers before the head take, the nearest first: other features to classify by.
+
+    What the first layer takes is left out; it is the input.
 
     Args:
         model: The model.
@@ -86,14 +123,11 @@ def earlier(model: ir.Model, most: int = 2) -> list[str]:
     head = find_head(model)
     value: ir.Value | None = head.features if isinstance(head, Head) else _embedding(model)
     names: list[str] = []
-    while value is not None and len(names) < most:
-        node = value.producer()
-        if node is None:
-            break
+    while value is not None and (node := value.producer()) is not None and len(names) <= most:
         value = next((v for v in node.inputs if v is not None and constant_tensor(v) is None), None)
-        if is_layer(node) and value is not None and value.producer() is not None:
+        if is_layer(node) and value is not None:
             names.append(value.name or "")
-    return names
+    return names[: min(most, len(names) - 1)] if names else []
 
 
 def _of_head(model: ir.Model, head: Head, first: np.ndarray) -> Plan:
