@@ -91,6 +91,13 @@ def test_model_reaches_exactly_the_accuracy_of_the_manifest(name):
     assert accuracy == MANIFEST["files"][name]["accuracy"] >= 0.97
 
 
+def test_the_network_for_0_to_4_reaches_the_accuracy_of_the_manifest():
+    name, seen = "mnist_cnn_0to4.onnx", labels("test") < 5
+    scores = logits(name)
+    assert scores.shape == (1000, 5)
+    assert (scores[seen].argmax(axis=1) == labels("test")[seen]).mean() == MANIFEST["files"][name]["accuracy"] >= 0.97
+
+
 def test_both_forms_agree():
     folded, unfolded = (logits(name) for name in FORMS)
     np.testing.assert_allclose(folded, unfolded, rtol=0, atol=1e-4)
