@@ -272,6 +272,15 @@ BUILTIN: dict[str, Entry] = dict(
             "prune.prune_weights:PruneWeights",
             "Set the smallest weights to zero, by threshold, ratio or N:M.",
         ),
+        # It runs models, which the passes in passes/ do not.
+        (
+            "graft",
+            Entry(
+                "graft",
+                "onnxopt.graft.as_pass:Graft",
+                "Put a part of another model in the place of a part of this one.",
+            ),
+        ),
     ]
 )
 

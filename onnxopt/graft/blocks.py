@@ -139,7 +139,8 @@ def _active(flow: Flow) -> set[ir.Node]:
     for node in flow.nodes:
         if node.op_type in SIZES:
             continue
-        read = flow.reads[node]
+        # The second input of CastLike is looked at for its type alone.
+        read = flow.reads[node][:1] if node.op_type == "CastLike" else flow.reads[node]
         begins = has_weights(flow, node) and any(v in flow.varying for v in read)
         if begins or any(v in values for v in read):
             nodes.add(node)

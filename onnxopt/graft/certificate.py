@@ -190,9 +190,8 @@ class GraftCertificate:
     def words(self) -> list[str]:
         """Return the certificate in sentences."""
         times = f", {self.copies} times in a row" if self.copies > 1 else ""
-        lines = [f"Put {self.inserted} in the place of {self.replaced}{times}: {_nodes(self.nodes)}."]
-        if self.replaced.startswith("after "):
-            lines = [f"Put {self.inserted} {self.replaced}{times}: {_nodes(self.nodes)}."]
+        where = self.replaced if self.replaced.startswith("after ") else f"in the place of the host's {self.replaced}"
+        lines = [f"Put the donor's {self.inserted} {where}{times}: {_nodes(self.nodes)}."]
         lines += [f"  in   {m.donor} reads {m.host}{_by_way_of(m.adapters)}" for m in self.inputs]
         lines += [f"  out  {m.donor} replaces {m.host}{_by_way_of(m.adapters)}" for m in self.outputs]
         if self.kept:

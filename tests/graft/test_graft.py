@@ -272,6 +272,33 @@ def _nested(names, number):
     """)
 
 
+def test_a_graft_is_a_pass_of_a_pipeline(tmp_path, network):
+    donor = tmp_path / "donor.onnx"
+    onnxopt.save(network(1), donor)
+    host = network(0)
+    spec = f"graft{{donor={donor},take=block:2,replace=block:1}}"
+    result = onnxopt.optimize(host, passes=f"{spec},fold-constants", measure=False)
+    report = next(p for p in result.report.passes if p.name == "graft")
+    assert (report.status, report.guarantee) == ("kept", "redefines")
+    assert report.spec == spec
+    assert result.report.verification is not None and result.report.verification.ok
+    expected = _by_hand(host, w1=_weight(network(1), "w2"))
+    np.testing.assert_allclose(run(result.model, x=X)["y"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_tells_why_nothing_was_grafted(tmp_path, network):
+    host = network(0)
+    for spec, status, reason in [
+        ("graft", "skipped", "it needs a donor"),
+        (f"graft{{donor={tmp_path}/none.onnx,take=block:0,replace=block:0}}", "unchanged", "does not exist"),
+        (f"graft{{donor={tmp_path}/donor.onnx,take=block:9,replace=block:0}}", "unchanged", "It has 3"),
+    ]:
+        onnxopt.save(network(1), tmp_path / "donor.onnx")
+        report = onnxopt.optimize(host, passes=spec, measure=False).report.passes[0]
+        assert report.status == status
+        assert reason in (report.reason or report.refusals[0][0])
+
+
 def test_the_command_end_to_end(invoke, tmp_path, network):
     host, donor, out, manifest = (tmp_path / n for n in ("host.onnx", "donor.onnx", "out.onnx", "out.json"))
     onnxopt.save(network(0), host)
