@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-head test lint bench clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -19,6 +19,9 @@ $(VENV)/.dev: $(STAMP)
 
 demo: $(STAMP)  ## optimize the MNIST CNN of models/ and show what it gained
 	$(BIN)/python models/demo.py
+
+demo-head: $(STAMP)  ## give a classifier of the digits 0 to 4 a head for 5 to 9
+	$(BIN)/python models/demo_head.py
 
 lint: $(VENV)/.dev  ## ruff and mypy --strict
 	$(BIN)/ruff check .

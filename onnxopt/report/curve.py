@@ -16,6 +16,14 @@ _WIDTH, _HEIGHT = 640, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 84, 16, 44
 _BAND = 0.18
 
+_STYLE = """
+svg { background: #ffffff; } text { fill: #5f6872; font: 11px system-ui, sans-serif; } .rail { stroke: #e3e5e8; }
+.reference { stroke: #5f6872; stroke-dasharray: 2 2; } .curve { fill: none; stroke-width: 2; }
+.better { fill: #0f766e; } .worse { fill: #b42331; } .same { fill: #7d8894; } .stage { fill: #5b7fb5; }
+g.better { stroke: #0f766e; } g.worse { stroke: #b42331; } g.same { stroke: #7d8894; } g.stage { stroke: #5b7fb5; }
+"""
+"""Of a picture outside of a page."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Line:
@@ -75,6 +83,12 @@ def picture(lines: Sequence[Line], *, guessing: float) -> Html:
         role="img",
         aria_label=description,
     )
+
+
+def standalone(drawn: Html) -> str:
+    """Return a picture as an SVG file of its own."""
+    opened = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}"'
+    return drawn.replace("<svg", opened, 1).replace("</title>", f"</title><style>{_STYLE}</style>", 1) + "\n"
 
 
 def _frame(scale: _Scale, sizes: Sequence[int]) -> list[Html]:
