@@ -183,6 +183,18 @@ NEEDS_DATA = (
 """Why a pass that depends on data is skipped without any."""
 
 
+class Timed(Protocol):
+    """Times candidates of a pass."""
+
+    def __call__(self, key: str, make: Callable[[], ir.Model]) -> float:
+        """Return the time of a candidate by that of the original, as they will run.
+
+        Args:
+            key: What the result is remembered by, so that a pass that runs again decides the same.
+            make: Makes the candidate; called when it is not remembered.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
     """What a pass may know besides the model.
@@ -195,6 +207,7 @@ class Context:
         shapes: What is known about the shapes of this model's values. The manager gives every trial its own; it stays
             valid while exact passes edit the model.
         calibration: Data to run the model on; None without any.
+        timed: Times models; None where none can be run.
     """
 
     target: Target
@@ -202,6 +215,7 @@ class Context:
     evaluate: Evaluate
     shapes: Shapes
     calibration: Calibration | None = None
+    timed: Timed | None = None
 
 
 class GraphPass:

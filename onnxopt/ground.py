@@ -33,6 +33,9 @@ from onnxopt.verify import Verification, Verifier
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
+QUICK_SECONDS, QUICK_PRECISION = 3.0, 0.05
+"""What a pass spends on timing one of its candidates, and how precisely it wants to know."""
+
 FEEDS_TO_VERIFY = 8
 """Of the user's data, this many samples are compared output by output."""
 
@@ -109,6 +112,7 @@ class Bench:
         self._seed = settings.seed
         self._feeds: list[Feed] = []
         self._verifier: Verifier | None = None
+        self._times: dict[str, float] = {}
 
     def prepare(self) -> None:
         """Find inputs that run and compute the original's outputs.
@@ -174,6 +178,27 @@ class Bench:
     def branches_not_run(self, result: ir.Model) -> str:
         """Say which branches of the result no input ran."""
         return "" if self._verifier is None else never_run(result, self._feeds, self.options)
+
+    def timed(self, key: str, make: Callable[[], ir.Model]) -> float:
+        """Return the time of a candidate of a pass by that of the original, from a short measurement."""
+        if key not in self._times:
+            measured = measure_models(
+                self.reference,
+                make(),
+                feed=self.typical,
+                options=self.options,
+                budget_seconds=QUICK_SECONDS,
+                precision=QUICK_PRECISION,
+                seed=self._seed,
+                memory=False,
+            )
+            self._times[key] = measured.ratio
+        return self._times[key]
+
+    @property
+    def runs(self) -> bool:
+        """Whether there are inputs to run models on."""
+        return bool(self._feeds)
 
     def measure(self, candidate: ir.Model, progress: Progress) -> Measurement:
         """Time a candidate against the original."""
@@ -266,6 +291,7 @@ def prepare(model: Source, settings: Settings, learns: Callable[[ir.Model], bool
         evaluate=runtime.evaluate_node,
         shapes=Shapes(start),
         calibration=None if not learnt else calibration(learnt, options, real=parts is not None, progress=progress),
+        timed=bench.timed if bench.runs else None,
     )
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
     return Ground(name, settings, clock, options, source, reference, start, parts, samples, budget, bench, ctx)

@@ -12,13 +12,17 @@ import onnx_ir as ir
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
 from onnxopt.coupling.activity import activation, observe
 from onnxopt.coupling.analysis import Coupling, Group, analyse
+from onnxopt.coupling.goals import elements, ratio_for_elements, ratio_for_time
 from onnxopt.coupling.importance import Scores, magnitude
+from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important
 from onnxopt.coupling.sharing import copy_apart, shared_vectors
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
 from onnxopt.repair.targets import repair_all
+
+DEFAULT_RATIO = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +37,10 @@ class PruneChannels(GraphPass):
     other, by least squares and without labels.
 
     Attributes:
-        ratio: The part of the channels of each layer that goes, above 0 and below 1.
+        ratio: The part of the channels of each layer that goes, above 0 and below 1; 0.5 when nothing is given.
+        params: In place of ratio: at most this part of all parameters is left, above 0 and below 1.
+        latency: In place of ratio: the result takes at most this part of the original's time, above 0 and below 1.
+            Found by timing models of which a sixteenth, two sixteenths and so on of the channels are gone.
         multiple: What is left of a layer is a multiple of this where the layer is wide enough, because kernels
             compute that many channels at once; of halves of it where it is narrower. From 1 to 1024.
         importance: What makes a channel important. "magnitude": the norm of all that it consists of. "activation": what
@@ -46,7 +53,9 @@ class PruneChannels(GraphPass):
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
     repairs: ClassVar[bool] = True
 
-    ratio: float = 0.5
+    ratio: float | None = None
+    params: float | None = None
+    latency: float | None = None
     multiple: int = 8
     importance: Literal["magnitude", "activation"] = "magnitude"
     min_channels: int = 4
@@ -58,8 +67,13 @@ class PruneChannels(GraphPass):
         Raises:
             UsageError: If one cannot be used.
         """
-        if not 0 < self.ratio < 1:
-            raise UsageError(f"prune-channels: ratio is {self.ratio}; use a number above 0 and below 1.")
+        goals = {name: getattr(self, name) for name in ("ratio", "params", "latency")}
+        given = [name for name, value in goals.items() if value is not None]
+        if len(given) > 1:
+            raise UsageError(f"prune-channels: {' and '.join(given)} are given; use one of ratio, params and latency.")
+        for name in given:
+            if not 0 < goals[name] < 1:
+                raise UsageError(f"prune-channels: {name} is {goals[name]}; use a number above 0 and below 1.")
         if not 1 <= self.multiple <= MAX_MULTIPLE:
             raise UsageError(f"prune-channels: multiple is {self.multiple}; use 1 to {MAX_MULTIPLE}.")
         if self.importance not in ("magnitude", "activation"):
@@ -73,6 +87,8 @@ class PruneChannels(GraphPass):
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why the pass does not apply."""
+        if self.latency is not None and ctx.timed is None:
+            return "latency needs models to be run, which --no-measure and --no-verify together turn off"
         return NEEDS_DATA if self.importance == "activation" and ctx.calibration is None else None
 
     def caveat(self) -> str:
@@ -93,11 +109,15 @@ class PruneChannels(GraphPass):
             coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
         scores = self._scores(model, coupling, ctx)
+        ratio = self._ratio(model, coupling, ctx, scores)
+        if isinstance(ratio, Refusal):
+            yield ratio
+            return
         removal = Removal(model, coupling)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         for group in coupling.groups:
             site = Site(self.name, paths[group.makers[0].graph], group.name)
-            keep = self._keep(group)
+            keep = self._keep(group, ratio)
             if keep >= group.units:
                 yield Refusal(site, f"its {group.units} {group.noun} are too few to remove any")
                 continue
@@ -124,9 +144,32 @@ class PruneChannels(GraphPass):
 
         return scores
 
-    def _keep(self, group: Group) -> int:
+    def _keep(self, group: Group, ratio: float) -> int:
         """Return how many units of a group stay."""
-        return kept(group, self.ratio, self.multiple, self.min_channels)
+        return kept(group, ratio, self.multiple, self.min_channels)
+
+    def _ratio(
+        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
+    ) -> float | Refusal:
+        """Return which part of the channels of each layer goes, or why the goal cannot be reached."""
+        site = Site(self.name, "", model.graph.name or "")
+        total = elements(model)
+        if self.params is not None:
+            found = ratio_for_elements(coupling, total, self.params, self._keep)
+            reason = f"even the least that may stay is more than {self.params:.0%} of the parameters"
+        elif self.latency is not None:
+            assert ctx.timed is not None, "skip_reason looked"
+            ranked = [(group, scores(group)) for group in coupling.groups]
+
+            def choose(ratio: float) -> Iterator[Ints]:
+                for group, own in ranked:
+                    yield group.roots[least_important(own, group.units - self._keep(group, ratio))]
+
+            found = ratio_for_time(model, self.latency, ctx.timed, f"{self} of {total}", choose)
+            reason = f"even with the least that may stay it takes more than {self.latency:.0%} of the time"
+        else:
+            return DEFAULT_RATIO if self.ratio is None else self.ratio
+        return Refusal(site, reason) if found is None else found
 
     def _refusals(self, model: ir.Model, coupling: Coupling) -> Iterator[Refusal]:
         """Yield the weights whose input channels must all stay, and why."""

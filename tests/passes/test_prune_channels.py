@@ -12,6 +12,8 @@ from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
 from onnxopt.contract import Context, Edit, Refusal, Width
+from onnxopt.coupling.analysis import analyse
+from onnxopt.coupling.goals import elements, removed
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import rounded
 from onnxopt.errors import UsageError
@@ -91,7 +93,7 @@ def test_widths(wanted, width, multiple, left):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"ratio": 0.0}, "ratio is 0.0"), ({"ratio": 1.0}, "ratio is 1.0"), ({"multiple": 0}, "multiple is 0"),
+    [({"params": 1.5}, "params is 1.5"), ({"params": 0.5, "ratio": 0.5}, "ratio and params are given"), ({"ratio": 0.0}, "ratio is 0.0"), ({"ratio": 1.0}, "ratio is 1.0"), ({"multiple": 0}, "multiple is 0"),
      ({"importance": "age"}, "importance is"), ({"min_channels": 0}, "min_channels is 0")],
 )  # fmt: skip
 def test_options(options, message):
@@ -176,6 +178,56 @@ def test_activations_of_grouped_convolutions_and_hidden_units():
             item.apply()
             edits.append(item.site.output)
     assert edits == ["w", "gw"]
+
+
+@pytest.mark.parametrize("fraction", [0.7, 0.4, 0.2])
+def test_a_part_of_the_parameters(fraction):
+    path = MODELS / "mnist_cnn.onnx"
+    model, _ = optimize(path, f"prune-channels{{params={fraction}, multiple=1}}")
+    left = parameters(model) / parameters(models.load(path))
+    assert 0.9 * fraction < left <= fraction
+
+
+def test_counted_elements_are_those_that_go():
+    model = models.load(MODELS / "mnist_cnn_bn.onnx").clone()
+    coupling = analyse(model)
+    gone = {group.name: group.units // 3 for group in coupling.groups}
+    expected, before = removed(coupling, gone), elements(model)
+    removal = Removal(model, coupling)
+    for group in coupling.groups:
+        removal.remove(group.roots[: group.units // 3])
+    assert before - elements(model) == expected
+
+
+def test_a_part_of_the_time():
+    model, asked = mlp(), []
+
+    def timed(key, make):
+        asked.append(key)
+        return elements(make()) / elements(model)
+
+    ctx = Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model), timed=timed)
+    graph_pass = PruneChannels(latency=0.4, multiple=1)
+    assert graph_pass.skip_reason(model, ctx) is None
+    (edit,) = (item for item in graph_pass.run(model, ctx) if isinstance(item, Edit))
+    assert edit.summary == "64 to 24 channels"
+    assert len(set(asked)) == len(asked) == 5
+
+
+def test_a_time_that_cannot_be_reached():
+    model = mlp()
+    ctx = Context(
+        target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model), timed=lambda key, make: 0.9
+    )
+    *_, last = PruneChannels(latency=0.5).run(model, ctx)
+    assert last.reason == "even with the least that may stay it takes more than 50% of the time"
+    untimed = Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model))
+    assert "latency needs models to be run" in PruneChannels(latency=0.5).skip_reason(model, untimed)
+
+
+def test_parameters_that_cannot_be_reached():
+    *_, last = found(mlp(), params=0.01)
+    assert last.reason == "even the least that may stay is more than 1% of the parameters"
 
 
 def test_the_original_is_not_written_into():
