@@ -75,8 +75,11 @@ def repair(
     calibration = ctx.calibration
     assert calibration is not None, "the pass looked"
     found: list[tuple[Layer, Target]] = []
+    known = {v.name for v in original.graph.inputs} | {v.name for node in original.graph for v in node.outputs}
     for layer, target in _layers(model, targets, ctx):
-        if isinstance(layer, str):
+        if target.value not in known:
+            yield Refusal(Site(pass_name, "", target.layer), "the original has no such value")
+        elif isinstance(layer, str):
             yield Refusal(Site(pass_name, "", target.layer), layer)
         else:
             found.append((layer, target))

@@ -87,6 +87,9 @@ def read(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
     """
     if is_op(node, "ConvTranspose"):
         return "transposed convolutions are not fitted"
+    source = node.inputs[0] if node.inputs else None
+    if source is None or (source.producer() is None and not source.is_graph_input()):
+        return None
     if is_op(node, "Conv"):
         return _convolution(node, scope)
     if not is_op(node, "MatMul", "Gemm"):

@@ -186,6 +186,7 @@ def test_refusals_name_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     w = random(6, 6)
     assert refusal("y = Gemm(x, w)", w=w) == "it computes what it did"
     assert refusal("y = Relu(x)") == "it has no constant weight"
+    assert refusal("y = Gemm(w, v)", "(float[9,6] x) => (float[6,6] y)", w=w, v=w) == "it has no constant weight"
     assert refusal("v = Relu(w) h = MatMul(x, w) y = MatMul(h, w)", w=w) == "something else uses its weight too"
     image = "(float[1,6,4,4] x) => (float[n,c,h,w] y)"
     assert refusal("y = ConvTranspose(x, w)", image, w=random(6, 2, 3, 3)) == "transposed convolutions are not fitted"
@@ -198,6 +199,8 @@ def test_values_of_another_shape_are_refused() -> None:
     original = declare("(float[9,6] x) => (float[9,5] y) { y = Gemm(x, w) }", w=random(6, 5))
     model = declare("(float[9,6] x) => (float[9,2] y) { y = Gemm(x, w) }", w=random(6, 2))
     _, refusals = repaired(original, model, [Target("y", "y"), Target("gone", "y")], samples(9, 6))
+    _, nowhere = repaired(original, model, [Target("y", "nowhere")], samples(9, 6))
+    assert nowhere["y"] == "the original has no such value"
     assert refusals["y"] == "its output has shape [9, 2], the original's [9, 5]"
     assert refusals["gone"] == "the main graph has no such layer"
 
