@@ -325,8 +325,8 @@ def backend(every: int) -> Iterator[tuple[Subject, list[Cut]]]:
                 if len(nodes) < 2 or others % every:
                     continue
             subject = Subject(variant.name, model, [variant.feed])
-            varying = [n for n in nodes if n.outputs and n.outputs[0] in subject.flow.varying]
-            cuts: list[Cut] = [Nodes(glob.escape(next(v.name for v in n.outputs if v.name))) for n in varying]
+            wanted = [n for n in nodes if subject.flow.results({n})]  # the others are constant, or used by nobody
+            cuts: list[Cut] = [Nodes(glob.escape(next(v.name for v in n.outputs if v.name))) for n in wanted]
             subject.prefetch(cuts)
         except (OnnxOptError, StopIteration):
             continue  # the runtime has no kernel for it

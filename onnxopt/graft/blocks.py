@@ -21,7 +21,7 @@ _WEIGHTY = 64
 """Elements from which on a constant with more than one axis counts as weights."""
 _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "FusedMatMul", "MatMulNBits"})
 _QUANTIZED = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
-_MIXERS = frozenset({"Attention", "MultiHeadAttention", "LSTM", "GRU", "RNN"})
+_MIXERS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "LSTM", "GRU", "RNN"})
 _SCORES = frozenset({"Softmax", "Sigmoid", "Tanh"})
 _TABLES = frozenset({"Gather", "GatherBlockQuantized", "EmbedLayerNormalization"})
 _SOURCES = _LAYERS | _QUANTIZED | _MIXERS | _TABLES

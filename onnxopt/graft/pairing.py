@@ -206,7 +206,7 @@ def pair_outputs(host: Side, donor: Side) -> tuple[list[Link], list[int]]:
 
 def sizes_of(value: ir.Value, inputs: Sequence[ir.Value], shapes: Shapes) -> Sizes | None:
     """Return a list of sizes in terms of the axes of inputs; None when it is something else."""
-    if value.type is not None and value.dtype not in (ir.DataType.INT64, None):
+    if shapes.dtype(value) != ir.DataType.INT64:
         return None
     content = shapes.content(value)
     if content is None:
