@@ -17,7 +17,7 @@ from onnxopt.graft.certificate import SCHEMA_VERSION, ExtractCertificate, files_
 from onnxopt.graft.cut import Cut, Part, parse_cut, resolve
 from onnxopt.graft.probe import Match, Probe, find_feeds, matches, run
 from onnxopt.graft.reasons import RefusedError
-from onnxopt.graft.slicing import Types, standalone
+from onnxopt.graft.slicing import Types, forget_sizes, standalone
 from onnxopt.runtime import RunOptions
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -75,9 +75,8 @@ def extract(
     samples = load_data(data, source) if isinstance(data, (str, os.PathLike)) else data
     progress.stage("running the model")
     probe = Probe(source, find_feeds(source, samples, options, seed=seed, shape=shape), options)
-    alone = standalone(part, Types(source, probe))
     progress.stage("comparing")
-    proof = prove(part, alone, probe)
+    alone, proof = take_out(part, Types(source, probe), probe)
     certificate = ExtractCertificate(
         SCHEMA_VERSION,
         "extract",
@@ -94,6 +93,25 @@ def extract(
         matches=proof,
     )
     return Extraction(alone, certificate)
+
+
+def take_out(part: Part, types: Types, probe: Probe) -> tuple[ir.Model, tuple[Match, ...]]:
+    """Return a part as a model, with the proof that it computes what it computes inside.
+
+    Args:
+        part: The part.
+        types: Types and shapes of the values of its model.
+        probe: Runs the model that the part lies in.
+
+    Raises:
+        RefusedError: If it does not, or does not run.
+    """
+    alone = standalone(part, types)
+    try:
+        return alone, prove(part, alone, probe)
+    except RefusedError:
+        forget_sizes(alone)
+        return alone, prove(part, alone, probe)
 
 
 def prove(part: Part, alone: ir.Model, probe: Probe) -> tuple[Match, ...]:

@@ -121,6 +121,17 @@ def standalone(part: Part, types: Types | None = None) -> ir.Model:
     return copy
 
 
+def forget_sizes(model: ir.Model) -> None:
+    """Leave of the shapes of inputs and outputs the number of axes alone.
+
+    Runtimes infer shapes within branches that are never taken, and reject what cannot be there: with sizes that the
+    model around the part did not state, a part may be rejected that ran inside.
+    """
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        if value.shape is not None and not value.is_initializer():
+            value.shape = ir.Shape([None] * len(value.shape))
+
+
 def _as_input(graph: ir.Graph, value: ir.Value) -> ir.Value:
     """Return a free value that takes the place and the name of another."""
     if value.is_graph_input():

@@ -26,7 +26,7 @@ from onnxopt.graft.fitting import fit
 from onnxopt.graft.interface import FITTED
 from onnxopt.graft.probe import Match, Probe, Values, distance, find_feeds, matches, outputs_of, run
 from onnxopt.graft.reasons import RefusedError
-from onnxopt.graft.slicing import Types, standalone
+from onnxopt.graft.slicing import Types, forget_sizes, standalone
 from onnxopt.graft.splice import Copy, Fit, Splice, insertion, unify
 from onnxopt.graft.wiring import Plan, Wiring, wire
 from onnxopt.runtime import RunOptions
@@ -371,7 +371,11 @@ class Grafting:
             {name: values[value.name or ""] for name, value in zip(names, copy.inputs, strict=True)}
             for values in inside
         ]
-        alone = run(reference, feeds, self._request.options)
+        try:
+            alone = run(reference, feeds, self._request.options)
+        except RefusedError:
+            forget_sizes(reference)
+            alone = run(reference, feeds, self._request.options)
         outputs = {
             one.name or "": other.name or "" for one, other in zip(reference.graph.outputs, copy.outputs, strict=True)
         }

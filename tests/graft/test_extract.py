@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx.parser
+import onnx_ir as ir
 import pytest
 
 import onnxopt
@@ -10,9 +11,9 @@ from onnxopt.errors import UsageError
 from onnxopt.graft import REASONS, RefusedError
 from onnxopt.graft.blocks import blocks
 from onnxopt.graft.cut import Backbone, Block, Flow, Nodes, Tensors, parse_cut, resolve
-from onnxopt.graft.extraction import prove
+from onnxopt.graft.extraction import prove, take_out
 from onnxopt.graft.probe import Probe
-from onnxopt.graft.slicing import standalone
+from onnxopt.graft.slicing import Types, standalone
 from onnxopt.runtime import open_session
 
 
@@ -188,6 +189,34 @@ def test_a_part_that_computes_something_else_is_found(network):
     with pytest.raises(RefusedError, match="does not compute what it computes inside") as refused:
         prove(part, alone, Probe(model, feeds))
     assert refused.value.reason == "not reproduced"
+
+
+def test_a_branch_that_is_never_taken_does_not_reject_the_part():
+    """Inside, the runtime does not know that `a` has two rows, so it does not see that the branch could not run."""
+    proto = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[2, 3] x, int64[2] shape, bool choose) => (float[p, q] y) {
+            a = Reshape(x, shape)
+            b = If(choose) <
+                then_branch = t () => (float[u, v] c) {
+                    axis = Constant<value = int64[1] {0}>()
+                    d = Squeeze(a, axis)
+                    c = Unsqueeze(d, axis)
+                },
+                else_branch = e () => (float[r, s] f) { f = Neg(a) }
+            >
+            y = Relu(b)
+        }
+    """)
+    model = onnxopt.load(proto)
+    values = {v.name: v for n in model.graph for v in n.outputs}
+    values["a"].shape = ir.Shape([2, 3])
+    part = resolve(model, parse_cut("a,choose->b"))
+    feeds = [{"x": np.ones((2, 3), np.float32), "shape": np.array([2, 3]), "choose": np.array(False)}]
+    unstated = onnxopt.load(proto)
+    alone, proof = take_out(part, Types(model), Probe(unstated, feeds))
+    assert all(m.equal for m in proof)
+    assert [d.value for d in alone.graph.inputs[0].shape] == [None, None]
 
 
 def test_residual_blocks_are_found(network):
