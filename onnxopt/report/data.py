@@ -55,7 +55,7 @@ class SlowPass:
     edits: int
 
 
-CandidateStatus = Literal["winner", "kept", "over budget", "not proven", "slower", "failed"]
+CandidateStatus = Literal["winner", "kept", "over budget", "not proven", "slower", "not applicable", "failed"]
 
 Objective = Literal["latency", "size"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "size")
@@ -84,7 +84,8 @@ class Candidate:
         name: What it is, in a few words.
         pipeline: Its lossy passes, which run behind the lossless ones; empty for keeping the model as it is.
         status: "winner", "kept" (within the budget, but another one is better), "over budget", "not proven" (within the
-            budget as far as the samples show, which are too few), "slower" (than the original) or "failed".
+            budget as far as the samples show, which are too few), "slower" (than the original), "not applicable" (the
+            model has nothing for it to do) or "failed".
         reason: Why, in words.
         ratio: Time of the candidate by time of the original; None when it was not measured.
         low: Lower end of the 95% interval of the ratio.

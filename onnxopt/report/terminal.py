@@ -39,6 +39,7 @@ _CANDIDATE_STYLE = {
     "over budget": "red",
     "not proven": "yellow",
     "slower": "yellow",
+    "not applicable": "dim",
     "failed": "red",
 }
 _INDENT = 4

@@ -61,6 +61,7 @@ class Record:
         worst: Worst deviation of an output relative to its range; None when quality was not looked at.
         metric: The task metric; None when there is none.
         in_float: Layers left in floating point.
+        applies: Whether the model has something for its passes to do; otherwise `failure` says why not.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Record:
     worst: float | None = None
     metric: MetricResult | None = None
     in_float: tuple[FloatLayer, ...] = ()
+    applies: bool = True
 
     @property
     def lossless(self) -> bool:
@@ -288,7 +290,7 @@ def _outcome(
     if record is winner:
         return "winner", _victory(record, contenders(records, limits, objective), limits, objective)
     if record.failure:
-        return "failed", record.failure
+        return "failed" if record.applies else "not applicable", record.failure
     if record.slower and not record.lossless:
         assert record.speed is not None
         return "slower", _slowness(record.speed)

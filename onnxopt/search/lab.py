@@ -147,7 +147,7 @@ class RuntimeLab:
             record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, SCREEN_SECONDS))
             return record if record.slower else self._judged(record, model)
         except OnnxOptError as error:
-            return dataclasses.replace(record, failure=_clause(error))
+            return _failed(record, error)
 
     def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
         """Build a candidate and judge its quality alone."""
@@ -156,7 +156,7 @@ class RuntimeLab:
             model = self.build(proposal, spared).model
             return self._judged(dataclasses.replace(record, bytes=model_bytes(model)), model)
         except OnnxOptError as error:
-            return dataclasses.replace(record, failure=_clause(error))
+            return _failed(record, error)
 
     def _judged(self, record: Record, model: ir.Model) -> Record:
         worst, complaint = self._worst(model)
@@ -253,21 +253,25 @@ class RuntimeLab:
 
 
 class IdlePassError(OnnxOptError):
-    """A candidate that is not what it says, because a pass had nothing to do or crashed."""
+    """A candidate that is not what it says, because all that a pass did was dropped or crashed."""
+
+
+class NothingToDoError(IdlePassError):
+    """A candidate that is not what it says, because a pass has nothing to do."""
 
 
 def _require_edits(outcome: manager.Outcome, proposal: Proposal) -> None:
     for done in outcome.passes:
         if not done.applied and done.name not in _helpers(proposal) - {"smooth-activations"}:
-            raise IdlePassError(f"{done.name} {_idleness(done)}")
+            if done.status != "skipped" and (done.reason or done.dropped):
+                raise IdlePassError(f"{done.name} {done.reason or done.dropped[0].reason}")
+            raise NothingToDoError(f"{done.name} {_idleness(done)}")
 
 
 def _idleness(done: PassReport) -> str:
-    """Return why a pass left no edit, with the most frequent reason where there are several."""
+    """Return why a pass had nothing to do, with the most frequent reason where there are several."""
     if done.status == "skipped":
         return f"does not apply: {done.reason}"
-    if done.reason or done.dropped:
-        return done.reason or done.dropped[0].reason
     if done.refusals:
         return f"finds nothing to do: {max(done.refusals, key=lambda item: item[1])[0]}"
     return "finds nothing to do"
@@ -305,5 +309,6 @@ def _apart(one: Mapping[str, np.ndarray], two: Mapping[str, Any]) -> float:
     return whole if math.isfinite(whole) else math.inf
 
 
-def _clause(error: Exception) -> str:
-    return str(error).rstrip(".")
+def _failed(record: Record, error: Exception) -> Record:
+    applies = not isinstance(error, NothingToDoError)
+    return dataclasses.replace(record, failure=str(error).rstrip("."), applies=applies)

@@ -22,7 +22,7 @@ from onnxopt.report.data import FloatLayer
 from onnxopt.report.json import dump, plain
 from onnxopt.search.decision import Record, Speed
 
-FORMAT = 1
+FORMAT = 2
 
 Spared = dict[Site, str]
 
@@ -110,6 +110,7 @@ def _record(content: dict[str, Any]) -> Record:
         worst=None if worst is None else float(worst),
         metric=None if metric is None else _metric(metric),
         in_float=tuple(FloatLayer(**layer) for layer in content["in_float"]),
+        applies=content["applies"],
     )
 
 

@@ -162,6 +162,9 @@ def test_failures_keep_their_reason() -> None:
     broken = Record("broken", "p", failure="Conv failed")
     found = outcome(broken)
     assert (found.status, found.reason, found.ratio) == ("failed", "Conv failed", None)
+    idle = Record("idle", "p", failure="quantize-static finds nothing to do", applies=False)
+    found = outcome(idle)
+    assert (found.status, found.reason) == ("not applicable", "quantize-static finds nothing to do")
 
 
 def test_of_equal_speed_and_size_the_better_quality_wins_without_a_limit() -> None:

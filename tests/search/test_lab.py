@@ -9,7 +9,7 @@ import pytest
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
 from onnxopt.manager import Denials, Outcome
 from onnxopt.search.candidates import Proposal
-from onnxopt.search.lab import IdlePassError, _require_edits
+from onnxopt.search.lab import IdlePassError, NothingToDoError, _require_edits
 
 SITE = Site("p", "", "y")
 EDIT = (AppliedEdit(SITE, "done"),)
@@ -37,14 +37,15 @@ def test_helpers_may_be_idle_and_what_a_candidate_is_about_may_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "reason"),
+    ("changes", "reason", "applies"),
     [
-        ({"status": "skipped", "reason": "it needs real inputs"}, "does not apply: it needs real inputs"),
-        ({"status": "dropped", "reason": "crashed with ValueError"}, "crashed with ValueError"),
-        ({"status": "dropped", "dropped": (DroppedEdit(SITE, "x", "crashed in apply"),)}, "crashed in apply"),
-        ({"refusals": (("too small", 2), ("shared", 5))}, "finds nothing to do: shared"),
+        ({"status": "skipped", "reason": "it needs real inputs"}, "does not apply: it needs real inputs", False),
+        ({"status": "dropped", "reason": "crashed with ValueError"}, "crashed with ValueError", True),
+        ({"status": "dropped", "dropped": (DroppedEdit(SITE, "x", "crashed in apply"),)}, "crashed in apply", True),
+        ({"refusals": (("too small", 2), ("shared", 5))}, "finds nothing to do: shared", False),
     ],
 )
-def test_the_reason_is_that_of_the_pass(changes: dict[str, Any], reason: str) -> None:
-    with pytest.raises(IdlePassError, match=f"^quantize-static {reason}$"):
+def test_the_reason_is_that_of_the_pass(changes: dict[str, Any], reason: str, applies: bool) -> None:
+    with pytest.raises(IdlePassError if applies else NothingToDoError, match=f"^quantize-static {reason}$") as caught:
         _require_edits(outcome(done("quantize-static", **changes), done("quantize-weights", applied=EDIT)), STATIC)
+    assert isinstance(caught.value, NothingToDoError) is not applies
