@@ -8,7 +8,7 @@ import random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from onnxopt.metrics import MetricResult
@@ -196,6 +196,7 @@ def records(draw: st.DrawFn) -> Record:
 budgets = st.one_of(st.none(), st.floats(0, 0.1), st.just(math.inf))
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # other work may share the processor
 @given(
     st.lists(records(), max_size=8, unique_by=lambda r: r.name),  # what is known is kept by name
     budgets,
