@@ -21,9 +21,9 @@ _EPILOG = """
 \b
 Examples:
   onnxopt transfer retrained.onnx model.int8.onnx -o retrained.int8.onnx
-  onnxopt transfer a.onnx b.onnx --mode feature -o b.with-backbone-of-a.onnx
+  onnxopt transfer a.onnx b.onnx --kind feature -o b.with-backbone-of-a.onnx
   onnxopt transfer a.onnx b.onnx --only 'encoder.*' --freeze '*.bias' -o out.onnx
-  onnxopt transfer model.onnx --mode structure --seed 1 -o fresh.onnx
+  onnxopt transfer model.onnx --kind structure --seed 1 -o fresh.onnx
 
 Exit codes: 0 done; 1 the models have the same layers and the outputs differ, or nothing corresponds; 2 usage,
 unreadable input or unwritable output.
@@ -36,7 +36,7 @@ _NAMES_SHOWN = 3
 @options.model_argument("dst", required=False)
 @click.option("--output", "-o", metavar="OUT", type=click.Path(), help="Where DST with SRC's parameters goes.")
 @click.option(
-    "--mode",
+    "--kind",
     type=click.Choice(["direct", "feature", "structure"]),
     default="direct",
     show_default=True,
@@ -87,7 +87,7 @@ def command(
         result = transfer(
             src,
             dst,
-            mode=settings["mode"],
+            kind=settings["kind"],
             only=settings["only"],
             freeze=settings["freeze"],
             data=feeds_of(src, settings),
@@ -146,7 +146,7 @@ def _json(result: Transfer, src: str, dst: str | None) -> str:
             "schema": 1,
             "source": src,
             "target": dst,
-            "mode": result.mode,
+            "kind": result.kind,
             "coverage": result.coverage,
             "certificate": plain(result.certificate),
             "parameters": plain(result.parameters),
@@ -166,12 +166,12 @@ def _render(result: Transfer, console: Console, *, verbose: bool) -> None:
     if result.certificate is not None:
         console.print(_verdict(result.certificate))
     moved = [p for p in result.parameters if p.moved]
-    verb = "drawn anew" if result.mode == "structure" else "moved"
+    verb = "drawn anew" if result.kind == "structure" else "moved"
     console.print(f"{len(moved)} of {len(result.parameters)} parameters {verb}: {result.coverage:.1%} of the numbers.")
     table = Table("match", "parameters", "share", "", box=None, pad_edge=False)
     for status in STATUSES:
         number, elements = result.count(status)
-        if number and result.mode != "structure":
+        if number and result.kind != "structure":
             table.add_row(status, str(number), f"{elements / total:.1%}", _aside(result, status))
     if table.row_count:
         console.print(table)

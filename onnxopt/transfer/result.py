@@ -12,7 +12,7 @@ from onnxopt.verify import Verification
 Status = Literal["exact", "aligned", "ambiguous", "unmatched", "left out"]
 STATUSES: tuple[Status, ...] = ("exact", "aligned", "ambiguous", "unmatched", "left out")
 MOVED: tuple[Status, ...] = ("exact", "aligned")
-Mode = Literal["direct", "feature", "structure"]
+Kind = Literal["direct", "feature", "structure"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Parameter:
         name: Its name in the target.
         elements: How many numbers it holds.
         status: "exact" and "aligned" were moved, and so was "ambiguous" when `confirmed`. "left out": a glob or the
-            mode excluded it.
+            kind excluded it.
         confirmed: Whether outputs confirmed an ambiguous match.
         sources: Names of the source's parameters that it was made from.
         how: What was done to them on the way, in words; empty for a copy.
@@ -73,7 +73,7 @@ class Transfer:
 
     Attributes:
         model: The target with what was moved; the target itself was not changed.
-        mode: "direct", "feature" or "structure".
+        kind: "direct", "feature" or "structure".
         parameters: Every parameter of the target.
         unused: Names of the source's parameters that went nowhere.
         certificate: Whether the outputs agree; None when verification was turned off.
@@ -81,7 +81,7 @@ class Transfer:
     """
 
     model: ir.Model
-    mode: Mode
+    kind: Kind
     parameters: tuple[Parameter, ...]
     unused: tuple[str, ...]
     certificate: Certificate | None

@@ -19,21 +19,21 @@ from onnxopt.transfer.certify import Finding, Trial, certify
 from onnxopt.transfer.initialize import initialize
 from onnxopt.transfer.match import Pair, match
 from onnxopt.transfer.move import Moved, move
-from onnxopt.transfer.result import Mode, Parameter, Status, Transfer
+from onnxopt.transfer.result import Kind, Parameter, Status, Transfer
 from onnxopt.transfer.skeleton import Group, Skeleton
 from onnxopt.transfer.view import Viewer
 
 _TURNS = 2
 """Orders that layers which swap places are tried in."""
 
-MODES: tuple[Mode, ...] = ("direct", "feature", "structure")
+KINDS: tuple[Kind, ...] = ("direct", "feature", "structure")
 
 
 def transfer(
     source: Source,
     target: Source | None = None,
     *,
-    mode: Mode = "direct",
+    kind: Kind = "direct",
     only: Sequence[str] = (),
     freeze: Sequence[str] = (),
     data: str | Data | Sequence[Feed] | None = None,
@@ -52,13 +52,13 @@ def transfer(
 
     Args:
         source: The model that parameters come from.
-        target: The model that they go to; it is not changed. With mode "structure" there is none.
-        mode: "direct" moves all; "feature" leaves out the linear layers that compute the outputs; "structure" returns
+        target: The model that they go to; it is not changed. With kind "structure" there is none.
+        kind: "direct" moves all; "feature" leaves out the linear layers that compute the outputs; "structure" returns
             the source's graph with new random parameters.
         only: Glob patterns: of the target's parameters, only those of layers with a name that fits are moved.
         freeze: Glob patterns of parameters of the target that keep their numbers.
         data: Inputs of the source to compare outputs on; generated without any.
-        seed: Seeds generated inputs, and the parameters of mode "structure".
+        seed: Seeds generated inputs, and the parameters of kind "structure".
         shape: Sizes of dynamic axes of generated inputs.
         verify: Whether to run both models and compare. Without it ambiguous matches are not moved.
         options: Provider, threads and custom operators.
@@ -72,13 +72,13 @@ def transfer(
         ModelError: If a model cannot be read.
     """
     progress = progress or Silent()
-    if mode not in MODES:
-        raise UsageError(f'There is no mode "{mode}"; there are {", ".join(MODES)}.')
-    if (target is None) != (mode == "structure"):
+    if kind not in KINDS:
+        raise UsageError(f'There is no kind "{kind}"; there are {", ".join(KINDS)}.')
+    if (target is None) != (kind == "structure"):
         raise UsageError(
-            "Mode structure takes one model, whose parameters are drawn anew."
+            "Kind structure takes one model, whose parameters are drawn anew."
             if target is not None
-            else f"Mode {mode} needs two models: one to take parameters from, one to put them into."
+            else f"Kind {kind} needs two models: one to take parameters from, one to put them into."
         )
     progress.stage("loading")
     origin = models.load(source)
@@ -86,7 +86,7 @@ def transfer(
         return initialize(origin, seed, only, freeze)
     samples = load_data(data, origin) if isinstance(data, str) else data
     trial = Trial(data=samples, seed=seed, shape=shape, options=options or RunOptions())
-    choice = Choice(mode, tuple(only), tuple(freeze))
+    choice = Choice(kind, tuple(only), tuple(freeze))
     return _Run(origin, models.load(target), choice, trial, progress).run(verify)
 
 
@@ -95,23 +95,23 @@ class Choice:
     """Which layers take part.
 
     Attributes:
-        mode: "direct" or "feature".
+        kind: "direct" or "feature".
         only: Patterns of names that take part; all without any.
         freeze: Patterns of names that do not.
     """
 
-    mode: Mode
+    kind: Kind
     only: tuple[str, ...]
     freeze: tuple[str, ...]
 
     def reasons(self, skeleton: Skeleton) -> dict[int, str]:
         """Return for each layer that is left out why."""
         found = {}
-        heads = head_layers(skeleton) if self.mode == "feature" else set()
+        heads = head_layers(skeleton) if self.kind == "feature" else set()
         for group in skeleton.layers:
             names = [v.name or "" for v in group.leaves()]
             if group.index in heads:
-                found[group.index] = "it is a head, which mode feature leaves out"
+                found[group.index] = "it is a head, which kind feature leaves out"
             elif _fits(names, self.freeze):
                 found[group.index] = "it is frozen"
             elif self.only and not _fits(names, self.only):
@@ -177,7 +177,7 @@ class _Run:
         finding = attempt.finding
         return Transfer(
             attempt.model,
-            self._choice.mode,
+            self._choice.kind,
             tuple(self._parameters(attempt.moved, unsure, confirmed)),
             self._unused(attempt.moved, attempt.chosen),
             None if finding is None else finding.certificate,
@@ -271,6 +271,6 @@ class _Run:
                 f"{moved.unshared} parameters that layers of the target shared were stored apart, because the source "
                 "has different ones there."
             )
-        if self._choice.mode == "feature" and not head_layers(self._target):
+        if self._choice.kind == "feature" and not head_layers(self._target):
             notes.append("No linear layer computes an output of the target, so that nothing was left out as its head.")
         return tuple(notes)

@@ -58,7 +58,7 @@ def test_nothing_is_written_without_output(invoke: Invoke, renamed: Path, tmp_pa
 
 def test_structure(invoke: Invoke, tmp_path: Path) -> None:
     out = tmp_path / "fresh.onnx"
-    result = invoke("transfer", MODELS / "mnist_cnn.onnx", "--mode", "structure", "--seed", 5, "-o", out)
+    result = invoke("transfer", MODELS / "mnist_cnn.onnx", "--kind", "structure", "--seed", 5, "-o", out)
     assert result.exit_code == 0, result.output
     assert "drawn anew" in result.output
     assert out.exists()

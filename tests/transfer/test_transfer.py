@@ -196,9 +196,9 @@ def test_another_head_keeps_its_own(agree: Agree) -> None:
     assert set(result.unused) == {"second_weight", "second_bias"}
 
 
-def test_feature_mode_leaves_the_head_out() -> None:
+def test_kind_feature_leaves_the_head_out() -> None:
     source, target = build(MATMUL, MATMUL_WEIGHTS, 1), build(GEMM, GEMM_WEIGHTS, 2)
-    result = onnxopt.transfer(source, target, mode="feature")
+    result = onnxopt.transfer(source, target, kind="feature")
     assert statuses(result) == {"w_0": "exact", "b_0": "exact", "w_1": "left out", "b_1": "left out"}
     head = next(i for i in onnxopt.load(target).graph.initializers.values() if i.name == "w_1")
     np.testing.assert_array_equal(result.model.graph.initializers["w_1"].const_value.numpy(), head.const_value.numpy())
@@ -259,9 +259,9 @@ def test_twins_in_the_wrong_order_are_turned(agree: Agree) -> None:
     assert all(p.moved for p in result.parameters)
 
 
-def test_structure_mode_draws_parameters_anew() -> None:
+def test_kind_structure_draws_parameters_anew() -> None:
     source = build(BATCH_NORM, BATCH_NORM_WEIGHTS, 1)
-    first, again, other = (onnxopt.transfer(source, mode="structure", seed=s) for s in (3, 3, 4))
+    first, again, other = (onnxopt.transfer(source, kind="structure", seed=s) for s in (3, 3, 4))
     values = {n: v.const_value.numpy() for n, v in first.model.graph.initializers.items()}
     assert np.abs(values["conv"]).max() <= 1 / np.sqrt(27)
     np.testing.assert_array_equal(values["var"], np.ones(5))
@@ -269,7 +269,7 @@ def test_structure_mode_draws_parameters_anew() -> None:
     np.testing.assert_array_equal(outputs(first.model)[0], outputs(again.model)[0])
     assert not np.array_equal(outputs(first.model)[0], outputs(other.model)[0])
     with pytest.raises(UsageError, match="takes one model"):
-        onnxopt.transfer(source, source, mode="structure")
+        onnxopt.transfer(source, source, kind="structure")
     with pytest.raises(UsageError, match="needs two models"):
         onnxopt.transfer(source)
 
