@@ -16,6 +16,7 @@ from click.testing import Result
 
 from onnxopt import measure, registry
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
+from onnxopt.search.state import FORMAT
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -363,7 +364,7 @@ def test_a_named_state_file_stays(invoke: Invoke, model: Path, tmp_path: Path) -
     state = tmp_path / "state.json"
     done = invoke("optimize", model, "--max-error", "10%", "--state", state)
     assert done.exit_code == 0, done.stderr
-    assert json.loads(state.read_text())["format"] == 1
+    assert json.loads(state.read_text())["format"] == FORMAT
 
 
 @pytest.mark.parametrize(

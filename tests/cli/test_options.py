@@ -64,7 +64,7 @@ def completions(args: list[str], incomplete: str) -> list[str]:
 
 
 def test_completion_offers_commands() -> None:
-    assert completions([], "ex") == ["explain"]
+    assert completions([], "exp") == ["explain"]
 
 
 def test_completion_offers_passes_after_each_comma() -> None:
