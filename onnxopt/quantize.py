@@ -20,6 +20,7 @@ from onnxopt.ground import Settings, Source
 from onnxopt.optimize import Result, carry_out
 from onnxopt.pipeline import Pipeline, make_pass
 from onnxopt.registry import nearest
+from onnxopt.search.arithmetic import overflows_here
 
 Mode = Literal["static", "dynamic", "weights", "matmul", "float16", "fp16-storage"]
 Granularity = Literal["tensor", "channel"]
@@ -44,6 +45,12 @@ _WAYS: dict[str, _Way] = {
     "float16": _Way("convert-float16"),
     "fp16-storage": _Way("store-float16"),
 }
+_MULTIPLIED = ("static", "dynamic")
+"""The modes whose weights are multiplied as integers."""
+OVERFLOW = (
+    "This processor adds up pairs of 8-bit products in 16 bits, which may overflow; outputs are then worse here than "
+    "on one with VNNI instructions. Weights of 7 bits (--bits 7) avoid it."
+)
 _SMOOTHED = "dynamic"
 """The mode that smooths activations before."""
 
@@ -225,6 +232,9 @@ def quantize(
     done = result.report.passes[-1]
     if not done.applied:
         raise NothingDoneError(f"Nothing was quantized: {done.name}: {_why(done)}.")
+    if mode in _MULTIPLIED and bits != 7 and target != "cuda" and overflows_here():
+        report = dataclasses.replace(result.report, notes=(*result.report.notes, OVERFLOW))
+        result = dataclasses.replace(result, report=report)
     return result
 
 

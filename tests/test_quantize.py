@@ -130,6 +130,25 @@ def test_every_mode_has_a_pass(mode: Any) -> None:
     assert _WAYS[mode].pass_name in [p.name for p in pipeline.passes]
 
 
+@pytest.mark.parametrize(
+    ("mode", "bits", "overflows", "told"),
+    [
+        ("dynamic", None, True, True),
+        ("dynamic", 8, True, True),
+        ("dynamic", 7, True, False),
+        ("dynamic", None, False, False),
+        ("weights", None, True, False),
+    ],
+)
+def test_sums_that_overflow_here_are_told(
+    monkeypatch: pytest.MonkeyPatch, mode: Any, bits: int | None, overflows: bool, told: bool
+) -> None:
+    module = importlib.import_module("onnxopt.quantize")
+    monkeypatch.setattr(module, "overflows_here", lambda: overflows)
+    result = quantize(mode=mode, bits=bits, target="cpu", verify=False)
+    assert (module.OVERFLOW in result.report.notes) is told
+
+
 def test_the_model_given_is_not_changed() -> None:
     model = onnxopt.load(CNN)
     before = {name: v.const_value for name, v in model.graph.initializers.items()}
