@@ -92,8 +92,9 @@ def append_head(
         model.graph.outputs[index] = value
         if old.name == name:
             old.name = build.names.fresh(f"{name}/before")
-        if old.producer() is not None:
-            remove_unused(old.producer())  # type: ignore[arg-type]
+        producer = old.producer()
+        if producer is not None:
+            remove_unused(producer)
     value.name = name
 
 

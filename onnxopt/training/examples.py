@@ -114,7 +114,10 @@ def _taken_apart(
             raise UsageError(
                 f'labels "{named}" is neither a file nor a key of {path}, which has {", ".join(keys)}.', "labels"
             )
-        return os.fspath(path), load_labels(named) if named is not None else labels  # type: ignore[return-value]
+        if named is not None:
+            return os.fspath(path), load_labels(named)
+        assert not isinstance(labels, (str, os.PathLike)), "a name was taken above"
+        return os.fspath(path), labels
     with np.load(path, allow_pickle=False) as archive:
         try:
             arrays = {key: archive[key] for key in keys}
