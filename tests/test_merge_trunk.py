@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import onnxopt
-from onnxopt.errors import ModelError, NothingDoneError, UsageError
+from onnxopt.errors import ModelError, NothingDoneError, UsageError, VerificationError
 from onnxopt.merge_trunk import Fork, merge_trunk
 from onnxopt.runtime import RunOptions, open_session
 from onnxopt.unite import unite
@@ -228,3 +229,17 @@ def test_the_models_are_not_changed(tmp_path: Path) -> None:
     before = [ir.to_proto(m).SerializeToString() for m in loaded]
     merge_trunk(loaded, measure=False)
     assert [ir.to_proto(m).SerializeToString() for m in loaded] == before
+
+
+def test_an_output_that_is_not_that_of_its_model_is_found() -> None:
+    """One weight that differs in its last bit is enough."""
+    merged = merge_trunk([A, B], measure=False)
+    array = weight(3, 5, 3)
+    array[0, 0] = np.nextafter(array[0, 0], np.float32(9))
+    other = model(TRUNK + "y = MatMul(r, v)", w=weight(1, 4, 5), v=array)
+    feeds = [{"x": np.abs(weight(5, 64, 4))}]
+    module = importlib.import_module("onnxopt.merge_trunk")
+    check = module._require_equal
+    check([onnxopt.load(A), onnxopt.load(B)], merged.parts, merged.result.model, feeds, RunOptions())
+    with pytest.raises(VerificationError, match='output "y" of model2 is not the same to the bit'):
+        check([onnxopt.load(A), onnxopt.load(other)], merged.parts, merged.result.model, feeds, RunOptions())
