@@ -160,18 +160,54 @@ class ObserveBoth(Protocol):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Stop:
+    """Where two models that are run part by part are looked at.
+
+    Attributes:
+        reference: Names of values of the first model.
+        changed: Names of values of the second model.
+        replaced: Outputs of nodes of the second model that get other constants after the stop.
+    """
+
+    reference: tuple[str, ...]
+    changed: tuple[str, ...]
+    replaced: tuple[str, ...]
+
+
+class WalkBoth(Protocol):
+    """Runs two models in step on the calibration data, part by part."""
+
+    def __call__(
+        self, reference: ir.Model, changed: ir.Model, stops: Sequence[Stop]
+    ) -> Callable[[Sequence[JointObserver]], None]:
+        """Prepare to run both models from stop to stop.
+
+        Args:
+            reference: It is not changed.
+            changed: Between two stops it may change as the first of them says, and not otherwise.
+            stops: What is looked at, in order. What one shows of the second model must not depend on what a later one
+                replaces.
+
+        Returns:
+            Called once for each stop with those who look: runs every sample from the last stop on.
+        """
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Calibration:
     """What passes that depend on data may learn it from.
 
     Attributes:
         observe: Runs the model on the data.
         observe_both: Runs two models on the data, in step.
+        walk_both: The same, part by part, where the second model changes on the way.
         samples: How many samples there are.
         real: Whether they are the user's own; otherwise they were generated, and the user insisted.
     """
 
     observe: Observe
     observe_both: ObserveBoth
+    walk_both: WalkBoth
     samples: int
     real: bool
 

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.contract import Calibration, JointObserver, Observer, Progress, Silent
+from onnxopt.calibrate.walk import Walk, reads
+from onnxopt.contract import Calibration, JointObserver, Observer, Progress, Silent, Stop
 from onnxopt.feeds import Data, Feed
-from onnxopt.graph import bodies
 from onnxopt.runtime import RunOptions, Session, open_session
 
 FETCH_BYTES = 256 << 20
@@ -49,7 +49,10 @@ def calibration(
         count = len(data) if most is None else min(most, len(data))
         observe_both(reference, changed, observers, itertools.islice(data, count), count, options, progress)
 
-    return Calibration(run, run_both, len(data), real)
+    def walk_both(reference: ir.Model, changed: ir.Model, stops: Sequence[Stop]) -> Walk:
+        return Walk(reference, changed, stops, data, options, progress)
+
+    return Calibration(run, run_both, walk_both, len(data), real)
 
 
 def observe(
@@ -218,17 +221,8 @@ def _only(model: ir.Model, names: Sequence[str]) -> ir.Model:
         if needed.isdisjoint(node.outputs):
             copy.graph.remove(node)
         else:
-            needed.update(_read(node))
+            needed.update(reads(node))
     for value in list(copy.graph.initializers.values()):
         if value not in needed and not value.is_graph_input():
             del copy.graph.initializers[value.name or ""]
     return copy
-
-
-def _read(node: ir.Node) -> Iterator[ir.Value]:
-    """Yield the values that a node reads, with those that its bodies take from outside."""
-    yield from (v for v in node.inputs if v is not None)
-    for _, body in bodies(node):
-        for inner in body:
-            yield from _read(inner)
-        yield from body.outputs

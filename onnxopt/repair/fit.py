@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.contract import Context, Edit, Refusal, Site
+from onnxopt.contract import Context, Edit, Refusal, Site, Stop
 from onnxopt.graph import Names, bodies, scopes
 from onnxopt.numeric.least_squares import Change, Moments, ridge
 from onnxopt.repair.layers import Layer, read
@@ -84,10 +84,12 @@ def repair(
         else:
             found.append((layer, target))
     names = Names(model)
-    for portion in _portions(model, found):
+    portions = list(_portions(model, found))
+    show = calibration.walk_both(original, model, [_stop(portion) for portion in portions])
+    for portion in portions:
         samples = calibration.samples
         observers = [Residuals(layer, target, samples, (ctx.seed, i)) for i, (layer, target) in enumerate(portion)]
-        calibration.observe_both(original, model, observers)
+        show(observers)
         for observer in observers:
             site = Site(pass_name, "", observer.target.layer)
             fitted = observer.fit()
@@ -135,6 +137,19 @@ def _portions(model: ir.Model, found: Sequence[tuple[Layer, Target]]) -> Iterato
             behind.update(node.outputs)
     if portion:
         yield portion
+
+
+def _stop(portion: Sequence[tuple[Layer, Target]]) -> Stop:
+    """Return what is looked at when these layers are fitted."""
+    changed = [name for layer, target in portion for name in _looks_at(layer, target)]
+    replaced = tuple(layer.output.name or "" for layer, _ in portion)
+    return Stop(tuple(target.value for _, target in portion), tuple(changed), replaced)
+
+
+def _looks_at(layer: Layer, target: Target) -> tuple[str, str, str]:
+    """Return the input and output of a layer, and what is to become right."""
+    output = layer.output.name or ""
+    return layer.x.name or "", output, target.through or output
 
 
 def _size(layer: Layer) -> int:
@@ -190,8 +205,7 @@ class Residuals:
         """
         self.layer, self.target = layer, target
         self.reference = (target.value,)
-        output = layer.output.name or ""
-        self.changed = (layer.x.name or "", output, target.through or output)
+        self.changed = _looks_at(layer, target)
         self._moments = Moments(layer.groups, layer.inputs, layer.outputs)
         self._held: list[tuple[Array, Array, Array]] = []
         self._rows = math.ceil(wanted_rows(layer) / max(1, samples))
