@@ -1,7 +1,7 @@
 """The command line. Commands are imported when they are called, so that `--help` answers at once.
 
 Exit codes: 0 done; 1 verification failed or a stated requirement is not met; 2 usage, unreadable input or
-unwritable output; 70 a defect of onnxopt itself; 130 interrupted.
+unwritable output; 70 a defect of onnxopt itself or a crash of native code; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NoReturn
 import click
 
 from onnxopt import __version__
+from onnxopt.cli import crash
 from onnxopt.errors import OnnxOptError, UsageError
 from onnxopt.report.words import sentence
 
@@ -171,6 +172,8 @@ def main() -> None:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    if not os.environ.get(DEBUG_VARIABLE):  # a core file says more
+        crash.install()
     cli(prog_name="onnxopt")
 
 

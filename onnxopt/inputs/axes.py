@@ -65,7 +65,7 @@ _WORDS: tuple[tuple[Kind, str], ...] = (
     (Kind.HEIGHT, "height h rows"),
     (Kind.WIDTH, "width w cols columns"),
     (Kind.DEPTH, "depth d"),
-    (Kind.SAMPLES, "samples audio wav waveform signal"),
+    (Kind.SAMPLES, "samples audio audios wav wavs waveform waveforms signal signals"),
     (Kind.CHANNELS, "channel channels c"),
     (Kind.FEATURES, "feature features hidden embed embedding"),
     (
@@ -77,7 +77,22 @@ _WORDS: tuple[tuple[Kind, str], ...] = (
 )
 _KIND_OF_WORD = {word: kind for kind, words in _WORDS for word in words.split()}
 
-_AUDIO_WORDS = frozenset({"audio", "wav", "waveform", "speech", "signal", "samples", "pcm", "sound"})
+_AUDIO_WORDS = frozenset(
+    {
+        "audio",
+        "audios",
+        "wav",
+        "wavs",
+        "waveform",
+        "waveforms",
+        "speech",
+        "signal",
+        "signals",
+        "samples",
+        "pcm",
+        "sound",
+    }
+)
 _RATE_WORDS = (frozenset({"sr"}), frozenset({"sample", "rate"}), frozenset({"sampling", "rate"}))
 """Names of an input that tells the sampling rate: the model takes sound."""
 _STATE_WORDS = frozenset({"state", "states", "hidden", "cell", "hx", "cx", "h", "c", "hn", "cn"})

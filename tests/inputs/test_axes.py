@@ -50,6 +50,7 @@ def test_a_name_says_what_an_axis_is(name: str, kind: Kind) -> None:
         ("x", ["unk__1", "unk__2"], "INT64", [Kind.BATCH, Kind.SEQUENCE]),
         ("x", [1, None], "FLOAT", [Kind.FEATURES]),
         ("waveform", [1, None], "FLOAT", [Kind.SAMPLES]),
+        ("waveforms", ["batch_size", "N"], "FLOAT", [Kind.BATCH, Kind.SAMPLES]),
         ("x", [1, 80, None], "FLOAT", [Kind.SEQUENCE]),
         ("x", [None, None, None], "FLOAT", [Kind.BATCH, Kind.SEQUENCE, Kind.FEATURES]),
         ("past_key_values.0.key", [None, 12, None, 64], "FLOAT", [Kind.BATCH, Kind.PAST]),
