@@ -1,4 +1,4 @@
-"""Layers whose weight and bias can be fitted: Conv, Gemm and MatMul as one kind of problem.
+"""Layers whose weight and bias can be fitted: Conv, ConvTranspose, Gemm and MatMul as one kind of problem.
 
 Each computes, at every position of its output, W x + b, where x are the elements of the input that the position
 sees. The layers differ in where x is, how the weight is stored, and what holds the bias.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.products import NoProduct, Product, product
+from onnxopt.analysis.products import CONTRIB, NoProduct, Product, product
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.graph import (
     Names,
@@ -27,10 +27,12 @@ from onnxopt.graph import (
     is_op,
 )
 from onnxopt.numeric.least_squares import Change
+from onnxopt.repair.windows import Scattered, Windows
 
 Array = np.ndarray[Any, Any]
 
 _SIZES = ("Shape", "Size")
+_ACTIVATED = ("FusedConv", "FusedGemm")
 MOST_INPUTS = 8192
 """Layers that see more inputs at once are not fitted: their Gram matrix alone would take more than 512 MB."""
 
@@ -85,14 +87,14 @@ def read(node: ir.Node, scope: Scope, shapes: Shapes) -> Layer | str | None:
     Returns:
         The layer; why it cannot be fitted; or None where the node has no constant weight to fit.
     """
-    if is_op(node, "ConvTranspose"):
-        return "transposed convolutions are not fitted"
+    if is_op(node, *_ACTIVATED, domain=CONTRIB):
+        return "an activation is fused into it, so that what it sums up is not seen"
     source = node.inputs[0] if node.inputs else None
     if source is None or (source.producer() is None and not source.is_graph_input()):
         return None
-    if is_op(node, "Conv"):
+    if is_op(node, "Conv", "ConvTranspose"):
         return _convolution(node, scope)
-    if not is_op(node, "MatMul", "Gemm"):
+    if not is_op(node, "MatMul", "Gemm") and not is_op(node, "FusedMatMul", domain=CONTRIB):
         return None
     found = product(node, scope, shapes)
     if isinstance(found, NoProduct):
@@ -171,17 +173,24 @@ def _convolution(node: ir.Node, scope: Scope) -> Layer | str | None:
         return None
     if has_references(node):
         return "an attribute refers to the function's caller"
-    channels, depth, *kernel = tensor.shape.numpy()
-    groups, inputs = attribute(node, "group", 1), depth * math.prod(kernel)
+    first, second, *kernel = tensor.shape.numpy()
+    groups, transposed = attribute(node, "group", 1), is_op(node, "ConvTranspose")
+    depth, outputs = (first // groups, second) if transposed else (second, first // groups)
+    inputs = depth * math.prod(kernel)
     reason = _unfit(tensor, inputs, _serves(weight, node))
     if reason:
         return reason
-    windows = Windows.of(node, tuple(kernel), groups)
+    if transposed and (
+        attribute(node, "auto_pad", "NOTSET") not in ("NOTSET", "VALID") or attribute(node, "output_shape")
+    ):
+        return "the size of its output is given in place of its pads"
+    reader = Scattered if transposed else Windows
+    rows = reader.of(node, tuple(kernel), groups).rows
     takes_bias = bias is None or added is not None
 
     def replace(change: Change, names: Names) -> None:
         stored = tensor.numpy()
-        made = stored + change.weight.reshape(stored.shape)
+        made = stored + _as_stored(change.weight, stored.shape, transposed)
         _replace(node, weight, made.astype(stored.dtype), scope, names)
         if bias is None:
             _give_bias(node, change.bias.reshape(-1).astype(stored.dtype), scope, names)
@@ -189,70 +198,15 @@ def _convolution(node: ir.Node, scope: Scope) -> Layer | str | None:
             moved = added.numpy().astype(np.float64) + change.bias.reshape(-1)
             _replace(node, bias, moved.astype(stored.dtype), scope, names)
 
-    return Layer(node, scope, x, 1, groups, inputs, channels // groups, takes_bias, windows.rows, replace)
+    return Layer(node, scope, x, 1, groups, inputs, outputs, takes_bias, rows, replace)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Windows:
-    """The parts of an input that a convolution looks at.
-
-    Attributes:
-        kernel: Size along each spatial axis.
-        strides: Likewise.
-        dilations: Likewise.
-        groups: Groups of channels.
-        padding: "NOTSET", "VALID", "SAME_UPPER" or "SAME_LOWER".
-        pads: Zeros in front along each axis, then behind, for "NOTSET".
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
-    dilations: tuple[int, ...]
-    groups: int
-    padding: str
-    pads: tuple[int, ...]
-
-    @classmethod
-    def of(cls, node: ir.Node, kernel: tuple[int, ...], groups: int) -> Windows:
-        """Read the attributes of a Conv."""
-        ones, zeros = (1,) * len(kernel), (0,) * len(kernel)
-        return cls(
-            kernel,
-            tuple(attribute(node, "strides", ones)),
-            tuple(attribute(node, "dilations", ones)),
-            groups,
-            attribute(node, "auto_pad", "NOTSET"),
-            tuple(attribute(node, "pads", zeros + zeros)),
-        )
-
-    def rows(self, x: Array, shape: tuple[int, ...], positions: Array) -> Array:
-        """Return what is seen from some positions of the output, (rows, groups, channels of a group * kernel).
-
-        Args:
-            x: The input, (batch, channels, ...).
-            shape: Shape of the output, (batch, channels, ...).
-            positions: Indices into the flattened batch and spatial axes of the output.
-        """
-        sizes = shape[2:]
-        batch, *places = np.unravel_index(positions, (shape[0], *sizes))
-        extent = [d * (k - 1) + 1 for k, d in zip(self.kernel, self.dilations, strict=True)]
-        padded = np.pad(x, [(0, 0), (0, 0), *self._margins(x.shape[2:], sizes, extent)])
-        seen = np.empty((len(positions), x.shape[1], *self.kernel), x.dtype)
-        starts = [place * s for place, s in zip(places, self.strides, strict=True)]
-        for offset in np.ndindex(*self.kernel):
-            at = [start + o * d for start, o, d in zip(starts, offset, self.dilations, strict=True)]
-            seen[(slice(None), slice(None), *offset)] = padded[(batch, slice(None), *at)]
-        return seen.reshape(len(positions), self.groups, -1)
-
-    def _margins(self, source: Sequence[int], sizes: Sequence[int], extent: Sequence[int]) -> list[tuple[int, int]]:
-        if self.padding == "NOTSET":
-            return list(zip(self.pads[: len(extent)], self.pads[len(extent) :], strict=True))
-        margins = []
-        for size, made, stride, covered in zip(source, sizes, self.strides, extent, strict=True):
-            missing = max(0, (made - 1) * stride + covered - size) if self.padding.startswith("SAME") else 0
-            front = missing // 2 if self.padding == "SAME_UPPER" else missing - missing // 2
-            margins.append((front, missing - front))
-        return margins
+def _as_stored(weight: Array, shape: tuple[int, ...], transposed: bool) -> Array:
+    """Return a weight of shape (groups, outputs, inputs) as a Conv or a ConvTranspose stores it."""
+    if not transposed:
+        return weight.reshape(shape)
+    groups, outputs, _ = weight.shape
+    return np.swapaxes(weight.reshape(groups, outputs, shape[0] // groups, -1), 1, 2).reshape(shape)
 
 
 # Constants ---------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.analysis.products import CONTRIB
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, Refusal
 from onnxopt.graph import constant_tensor, is_op, only_use
@@ -15,7 +16,8 @@ from onnxopt.repair.fit import Target, repair
 
 Kept = Mapping[str, Mapping[int, np.ndarray]]
 """Name of a value -> its shorter axes -> the original indexes that are still there."""
-_LAYERS = ("Conv", "Gemm", "MatMul")
+_CONVOLUTIONS = ("Conv", "ConvTranspose")
+_FUSED = ("FusedConv", "FusedGemm", "FusedMatMul")
 
 
 def repair_all(
@@ -50,14 +52,14 @@ def targets(
         stands_for: Name of a value -> the value of the original whose part it plays, where it is another one.
     """
     kept, stands_for = kept or {}, stands_for or {}
-    layers = [node for node in model.graph if is_op(node, *_LAYERS) and _has_weight(node)]
+    layers = [node for node in model.graph if _is_layer(node) and _has_weight(node)]
     last = {total: node for node in layers if (total := _sum(node, shapes)) is not None}
     summing = {node: total for total, node in last.items()}
     for node in layers:
         output = node.outputs[0]
         value = summing.get(node, output)
         rank = shapes.rank(value)
-        axis = 1 if is_op(node, "Conv") else -1 if rank is None else rank - 1
+        axis = 1 if node.op_type.endswith(_CONVOLUTIONS) else -1 if rank is None else rank - 1
         shorter = dict(kept.get(value.name or "", {}))
         indexes = shorter.pop(axis, None)
         if not shorter:
@@ -67,6 +69,10 @@ def targets(
                 kept=None if indexes is None else tuple(int(i) for i in indexes),
                 through=None if value is output else value.name,
             )
+
+
+def _is_layer(node: ir.Node) -> bool:
+    return is_op(node, *_CONVOLUTIONS, "Gemm", "MatMul") or is_op(node, *_FUSED, domain=CONTRIB)
 
 
 def _has_weight(node: ir.Node) -> bool:

