@@ -44,8 +44,9 @@ from onnxopt.graft.cut import Backbone, Block, Cut, Flow, Nodes, Tensors, resolv
 from onnxopt.graft.extraction import take_out
 from onnxopt.graft.probe import Probe, distance, find_feeds
 from onnxopt.graft.reasons import RefusedError
+from onnxopt.graft.request import Request
 from onnxopt.graft.slicing import Types, standalone
-from onnxopt.graft.transplant import Grafting, Request
+from onnxopt.graft.transplant import Grafting
 from onnxopt.graph import bodies
 from onnxopt.model import model_bytes
 from onnxopt.opset import convert_opset

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.contents import Content, equal_graphs
 from onnxopt.errors import ModelError
-from onnxopt.graft.interface import FITTED, Adapter, Dims
+from onnxopt.graft.interface import FITTED, Adapter
 from onnxopt.graft.pairing import Sizes
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.slicing import drop_unused
@@ -24,7 +24,6 @@ from onnxopt.graph import (
     insert_before,
     remove_unused,
     replace_value,
-    scopes,
 )
 from onnxopt.instantiate import Bindings, Instantiation, take_over
 from onnxopt.proto.order import sort
@@ -296,20 +295,6 @@ class Splice:
                 "without a way around it.",
             ) from error
 
-    def name_axes(self, copies: Sequence[Copy], names: Mapping[str, int | str] | None) -> None:
-        """Let the copied values have the host's names of axes, or, where these are not known, none.
-
-        Args:
-            copies: The copies.
-            names: Name of an axis in the donor -> size or name in the host; None to forget all sizes.
-        """
-        held = _axis_names(self.host, {v for c in copies for n in c.nodes for v in _values(n)})
-        for copy in copies:
-            for node in copy.nodes:
-                for value in _values(node):
-                    if value.shape is not None and not value.is_graph_output():
-                        value.shape = _renamed(value.shape, names, held)
-
 
 def insertion(model: ir.Model, name: str) -> ir.Node:
     """Put an Identity behind a value, and in front of all that reads it; return it.
@@ -358,58 +343,3 @@ def _redirect(nodes: Iterable[ir.Node], calls: Mapping[ir.OperatorIdentifier, ir
 
 def _inner(node: ir.Node) -> Iterable[ir.Node]:
     return (n for _, body in bodies(node) for n in body.all_nodes())
-
-
-def _values(node: ir.Node) -> Iterable[ir.Value]:
-    for each in (node, *_inner(node)):
-        yield from each.outputs
-        for _, body in bodies(each):
-            yield from body.inputs
-
-
-def _axis_names(model: ir.Model, without: set[ir.Value]) -> set[str]:
-    values = (
-        v
-        for scope in scopes(model)
-        for v in (*scope.graph.inputs, *(o for node in scope.graph for o in node.outputs))
-        if v not in without and v.shape is not None
-    )
-    return {d.value for v in values for d in v.shape or () if not isinstance(d, int) and d.value is not None}
-
-
-def _renamed(shape: ir.Shape, names: Mapping[str, int | str] | None, held: set[str]) -> ir.Shape:
-    if names is None:
-        # Runtimes want to know how many axes the values of a body have.
-        return ir.Shape([None] * len(shape))
-    dims: list[int | str | None] = []
-    for dim in shape:
-        name = dim if isinstance(dim, int) else dim.value
-        if isinstance(name, str):
-            dims.append(names.get(name, None if name in held else name))
-        else:
-            dims.append(name)
-    return ir.Shape(dims)
-
-
-def unify(pairs: Iterable[tuple[Dims | None, Dims | None]]) -> dict[str, int | str] | None:
-    """Return what the donor's names of axes mean in the host.
-
-    Args:
-        pairs: Axes of each value in the donor, and of what it gets in the host.
-
-    Returns:
-        Name -> size or name; None when what the donor says about shapes does not hold in the host.
-    """
-    names: dict[str, int | str] = {}
-    for donor, host in pairs:
-        if donor is None or host is None:
-            continue
-        if len(donor) != len(host):
-            return None
-        for one, other in zip(donor, host, strict=True):
-            if isinstance(one, int):
-                if one != other:
-                    return None
-            elif one is not None and (other is None or names.setdefault(one, other) != other):
-                return None
-    return names

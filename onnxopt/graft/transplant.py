@@ -4,35 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
 from onnxopt import model as models
-from onnxopt.compare.structure import checker_complaint, checker_level
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import ModelError, UsageError
 from onnxopt.feeds import Data, Feed, load_data
-from onnxopt.graft.certificate import (
-    SCHEMA_VERSION,
-    Fitted,
-    GraftCertificate,
-    files_of,
-)
+from onnxopt.graft.axes import rename_axes, unify
+from onnxopt.graft.certificate import Fitted, GraftCertificate
 from onnxopt.graft.cut import Cut, Flow, Part, parse_cut, resolve
 from onnxopt.graft.extraction import Source
 from onnxopt.graft.fitting import fit
 from onnxopt.graft.interface import FITTED
-from onnxopt.graft.probe import Match, Probe, Values, distance, find_feeds, matches, outputs_of, run
+from onnxopt.graft.probe import Probe, Values, find_feeds, matches, outputs_of
+from onnxopt.graft.proof import Outcome, certify
 from onnxopt.graft.reasons import RefusedError
-from onnxopt.graft.slicing import Types, forget_sizes, standalone
-from onnxopt.graft.splice import Copy, Fit, Splice, insertion, unify
+from onnxopt.graft.request import Consent, Request
+from onnxopt.graft.slicing import Types, standalone
+from onnxopt.graft.splice import Copy, Fit, Splice, insertion
 from onnxopt.graft.wiring import Plan, Wiring, wire
 from onnxopt.runtime import RunOptions
-
-Consent = Literal["allow", "none"] | Callable[[Sequence[str]], bool]
-"""Whether adapters may be put in: always, never, or asked about with a sentence each."""
 
 _FIT_SAMPLES = 64
 """Of the user's data, adapters are fitted to at most this many samples."""
@@ -118,20 +111,6 @@ def graft(
     return Grafting(request, Probe(request.host, feeds, request.options), samples, progress).run()
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """What is wanted; see `graft`."""
-
-    host: ir.Model
-    donor: ir.Model
-    replace: Cut | None
-    after: str | None
-    take: Cut
-    repeat: int
-    consent: Consent
-    options: RunOptions
-
-
 class Grafting:
     """One graft, from the cuts to the certificate."""
 
@@ -178,7 +157,9 @@ class Grafting:
         copies, fits = self._splice(splice, host_part, wiring)
         splice.finish(host_part.nodes)
         fitted = tuple(self._fit(result, pending) for pending in fits)
-        return Grafted(result, self._certify(result, reference, wiring, copies, splice, fitted))
+        self._progress.stage("comparing")
+        outcome = Outcome(result, reference, wiring, copies, fitted, tuple(self._opsets), splice.shared)
+        return Grafted(result, certify(request, outcome, self._before))
 
     # Before anything is put in -------------------------------------------------------------------------------
 
@@ -278,7 +259,7 @@ class Grafting:
             for link in wiring.inputs
             if link.host is not None and not link.adapters
         ]
-        splice.name_axes(copies, None if moved else unify(pairs))
+        rename_axes(splice.host, [n for c in copies for n in c.nodes], None if moved else unify(pairs))
         return copies, fits
 
     def _fit(self, result: ir.Model, pending: tuple[Fit, str, str]) -> Fitted:
@@ -302,100 +283,6 @@ class Grafting:
         inputs = [v[before] for v in Probe(result, feeds, self._request.options).values([before])]
         targets = [v[name] for v in Probe(source, own, self._request.options).values([name])]
         return fit(adapter, inputs, targets)
-
-    # The proof -----------------------------------------------------------------------------------------------
-
-    def _certify(
-        self,
-        result: ir.Model,
-        reference: ir.Model,
-        wiring: Wiring,
-        copies: Sequence[Copy],
-        splice: Splice,
-        fitted: tuple[Fitted, ...],
-    ) -> GraftCertificate:
-        """Prove the result.
-
-        Raises:
-            RefusedError: If it does not hold.
-        """
-        request = self._request
-        self._progress.stage("comparing")
-        complaint = checker_complaint(result, min(map(checker_level, (request.host, request.donor)), key=_LEVELS.index))
-        if complaint:
-            raise RefusedError("not reproduced", f"The ONNX checker rejects the result: {complaint}")
-        after = Probe(result, self._feeds, request.options)
-        flow = Flow(result)
-        downstream = {v for node in flow.after([v for c in copies for v in c.outputs]) for v in node.outputs}
-        downstream |= {v for c in copies for v in c.outputs}
-        boundary = [n for c in copies for v in (*c.inputs, *c.outputs) if (n := v.name or "")]
-        untouched = [v.name or "" for v in result.graph.outputs if v not in downstream]
-        around = {name: name for name in untouched} | wiring.read
-        changed = [v.name or "" for v in result.graph.outputs if v in downstream]
-        inside = after.values([*boundary, *around.values(), *changed])
-        slices = tuple(m for copy in copies for m in self._slice(reference, copy, inside))
-        before = self._before.values([*around, *changed])
-        rest = _same(request.host, before, around, inside)
-        wrong = next((m for m in (*slices, *rest) if not m.ok), None)
-        if wrong is not None:
-            raise RefusedError(
-                "not reproduced", f"The graft does not compute what the donor's part does: {wrong.note}."
-            )
-        return GraftCertificate(
-            SCHEMA_VERSION,
-            "graft",
-            host=files_of(request.host),
-            donor=files_of(request.donor),
-            result=(),
-            replaced=str(request.replace) if request.after is None else f"after {request.after}",
-            inserted=str(request.take),
-            copies=len(copies),
-            inputs=wiring.mapped_inputs,
-            outputs=wiring.mapped_outputs,
-            kept=tuple(wiring.host_out.slots[i].name for i in wiring.kept),
-            brought=wiring.brought,
-            nodes=(len(request.host.graph), len(result.graph)),
-            shared_bytes=splice.shared,
-            opsets=tuple(self._opsets),
-            sets=len(self._feeds),
-            slices=slices,
-            untouched=rest,
-            changed=tuple(distance(name, before, inside) for name in changed),
-            fitted=fitted,
-        )
-
-    def _slice(self, reference: ir.Model, copy: Copy, inside: Sequence[dict[str, Any]]) -> tuple[Match, ...]:
-        """Compare one copy with the donor's part alone, on what the copy reads."""
-        names = [v.name or "" for v in reference.graph.inputs if not v.is_initializer()]
-        feeds = [
-            {name: values[value.name or ""] for name, value in zip(names, copy.inputs, strict=True)}
-            for values in inside
-        ]
-        try:
-            alone = run(reference, feeds, self._request.options)
-        except RefusedError:
-            forget_sizes(reference)
-            alone = run(reference, feeds, self._request.options)
-        outputs = {
-            one.name or "": other.name or "" for one, other in zip(reference.graph.outputs, copy.outputs, strict=True)
-        }
-        return matches(reference, alone, inside, outputs)
-
-
-_LEVELS = ("none", "basic", "full")
-
-
-def _same(
-    host: ir.Model, before: Sequence[dict[str, Any]], names: Mapping[str, str], inside: Sequence[dict[str, Any]]
-) -> tuple[Match, ...]:
-    """Compare values in front of the graft, or beside it, with those of the host as it was."""
-    if not names:
-        return ()
-    revealed = host.clone()
-    values = {v.name: v for v in (*revealed.graph.inputs, *(o for n in revealed.graph for o in n.outputs))}
-    revealed.graph.outputs.clear()
-    revealed.graph.outputs.extend(values[name] for name in names)
-    return matches(revealed, before, inside, names)
 
 
 def _same_model(host: ir.Model, donor: ir.Model) -> bool:

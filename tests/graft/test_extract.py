@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnx.parser
@@ -298,3 +300,9 @@ def test_the_command_refuses_with_one_sentence(invoke, tmp_path, network):
         assert not part.exists()
     result = invoke("extract", source, "--block", 1, "--manifest", tmp_path / "m.json")
     assert result.exit_code == 2
+
+
+def test_reasons_are_documented():
+    text = (Path(__file__).parents[2] / "docs" / "transplant.md").read_text()
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows == list(REASONS)
