@@ -28,31 +28,13 @@ Exit codes: 0 done, whatever the verdict; 2 usage or unreadable input; 130 inter
 @click.command("advise", epilog=_EPILOG)
 @options.model_argument()
 @click.option(
-    "--classes", metavar="K", type=click.IntRange(min=2), help="Number of classes; the labels must hold them."
-)
-@click.option(
-    "--labels", metavar="FILE", type=click.Path(), help='The classes of --data, an .npy; by default its key "labels".'
-)
-@click.option(
     "--source",
     metavar="FILE",
     type=click.Path(),
     help="Samples like those MODEL learnt from, to test whether --data differ.",
 )
-@click.option(
-    "--folds", metavar="N", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of cross-validation."
-)
 @click.option("--no-train", "train", flag_value=False, default=True, help="Leave out what takes long.")
-@options.labelled_data_option
-@click.option(
-    "--report",
-    "reports",
-    metavar="FILE",
-    multiple=True,
-    type=click.Path(),
-    help="Also write the report to FILE.json or FILE.html; may be repeated.",
-)
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors.")
+@options.labelled_options
 def command(model: str, reports: tuple[str, ...], quiet: bool, **settings: Any) -> None:
     """Say whether what MODEL has learnt helps with another task, and how to use it.
 

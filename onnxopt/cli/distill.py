@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from onnxopt.cli import files, options, written
-from onnxopt.cli.output import show
+from onnxopt.cli import files, options, training
 from onnxopt.cli.progress import drawing
-from onnxopt.errors import VerificationError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from onnxopt.training.distill import Distilled
 
 _EPILOG = """
 \b
@@ -35,7 +28,6 @@ written); 2 usage, unreadable input or unwritable output; 130 interrupted (--che
 @click.command("distill", epilog=_EPILOG)
 @options.model_argument("teacher")
 @options.model_argument("student")
-@click.option("--output", "-o", metavar="OUT", type=click.Path(), required=True, help="Where the result goes.")
 @click.option(
     "--data", metavar="FILE|DIR", required=True, help="Samples without labels: an .npz with one array per input."
 )
@@ -49,36 +41,13 @@ written); 2 usage, unreadable input or unwritable output; 130 interrupted (--che
     "--hidden", metavar="GLOB", multiple=True, help="Also compare values inside of such names; may be repeated."
 )
 @options.training_options
-@options.json_option()
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(teacher: str, student: str, output: str, data: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Train STUDENT to compute what TEACHER computes, such as the original of a pruned model."""
     path = files.destination(student, output, in_place=False)
     files.destination(teacher, output, in_place=False)
-    assert path is not None
 
-    from onnxopt.model import save
-    from onnxopt.training.distill import distill, is_worse
+    from onnxopt.training.distill import distill
 
     with drawing(quiet=quiet) as progress:
         found = distill(teacher, student, data, progress=progress, **options.given(settings))
-    if as_json:
-        from onnxopt.report.json import dump, plain
-
-        click.echo(dump(plain(found.summary)), nl=False)
-    elif not quiet:
-        show(lambda console: _render(found, console))
-    if found.best == 0 or is_worse(found):
-        raise VerificationError(
-            "No epoch came nearer to the teacher than the student as it is, so nothing was written; use more samples "
-            "or a lower --learning-rate, or --validation 0 to keep the last epoch unjudged."
-        )
-    save(found.model, path)
-    written().append(str(path))
-
-
-def _render(found: Distilled, console: Console) -> None:
-    from rich.text import Text
-
-    for sentence in found.sentences():
-        console.print(Text(sentence))
+    training.keep(found, path, as_json=as_json, quiet=quiet)

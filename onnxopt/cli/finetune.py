@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from onnxopt.cli import files, options, written
-from onnxopt.cli.output import show
+from onnxopt.cli import files, options, training
 from onnxopt.cli.progress import drawing
-from onnxopt.errors import VerificationError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from onnxopt.training.finetune import Finetuned
 
 _EPILOG = """
 \b
@@ -35,7 +28,6 @@ not written); 2 usage, unreadable input or unwritable output; 130 interrupted (-
 
 @click.command("finetune", epilog=_EPILOG)
 @options.model_argument()
-@click.option("--output", "-o", metavar="OUT", type=click.Path(), required=True, help="Where the result goes.")
 @click.option("--data", metavar="FILE|DIR", required=True, help="Samples: an .npz with one array per input.")
 @click.option(
     "--labels",
@@ -50,37 +42,14 @@ not written); 2 usage, unreadable input or unwritable output; 130 interrupted (-
     help="Share of each label that is spread over all classes.",
 )
 @options.training_options
-@options.json_option()
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors.")
 def command(
     model: str, output: str, data: str, labels: str | None, as_json: bool, quiet: bool, **settings: Any
 ) -> None:
     """Train the parameters of MODEL on labelled samples; the graph stays as it is."""
     path = files.destination(model, output, in_place=False)
-    assert path is not None
 
-    from onnxopt.model import save
     from onnxopt.training.finetune import finetune
 
     with drawing(quiet=quiet) as progress:
         found = finetune(model, data, labels, progress=progress, **options.given(settings))
-    if as_json:
-        from onnxopt.report.json import dump, plain
-
-        click.echo(dump(plain(found.summary)), nl=False)
-    elif not quiet:
-        show(lambda console: _render(found, console))
-    if found.best == 0 or found.is_worse:
-        raise VerificationError(
-            "No epoch did better on the validation samples than the model as it is, so nothing was written; use more "
-            "samples or a lower --learning-rate, or --validation 0 to keep the last epoch unjudged."
-        )
-    save(found.model, path)
-    written().append(str(path))
-
-
-def _render(found: Finetuned, console: Console) -> None:
-    from rich.text import Text
-
-    for sentence in found.sentences():
-        console.print(Text(sentence))
+    training.keep(found, path, as_json=as_json, quiet=quiet)

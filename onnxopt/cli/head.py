@@ -35,12 +35,6 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
 @options.model_argument()
 @options.output_options
 @click.option(
-    "--classes", metavar="K", type=click.IntRange(min=2), help="Number of classes; the labels must hold them."
-)
-@click.option(
-    "--labels", metavar="FILE", type=click.Path(), help='The classes of --data, an .npy; by default its key "labels".'
-)
-@click.option(
     "--at",
     metavar="VALUE|auto",
     help="The value to use as features, instead of what the old head takes; auto tries the layers before too.",
@@ -52,25 +46,13 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
     "cross-validation.",
 )
 @click.option(
-    "--folds", metavar="N", type=click.IntRange(min=2), default=5, show_default=True, help="Folds of cross-validation."
-)
-@click.option(
     "--no-curve", "curve", flag_value=False, default=True, help="Do not find out what fewer labels would give."
 )
 @click.option(
     "--test", metavar="FILE", type=click.Path(), help="Labelled samples that only judge the result, like --data."
 )
 @click.option("--test-labels", metavar="FILE", type=click.Path(), help="The classes of --test, an .npy.")
-@options.labelled_data_option
-@click.option(
-    "--report",
-    "reports",
-    metavar="FILE",
-    multiple=True,
-    type=click.Path(),
-    help="Also write the report to FILE.json or FILE.html; may be repeated.",
-)
-@click.option("--quiet", "-q", is_flag=True, help="Print nothing but warnings and errors.")
+@options.labelled_options
 def command(
     model: str, output: str | None, in_place: bool, reports: tuple[str, ...], quiet: bool, **settings: Any
 ) -> None:

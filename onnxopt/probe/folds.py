@@ -29,7 +29,7 @@ def stratified(classes: Array, folds: int, *, seed: int) -> list[tuple[Array, Ar
     return [(np.flatnonzero(fold_of != f), np.flatnonzero(fold_of == f)) for f in range(folds)]
 
 
-def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
     """Return the 95% score interval of a share (Wilson, 1927)."""
     if not trials:
         return 0.0, 1.0

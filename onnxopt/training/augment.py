@@ -11,6 +11,21 @@ import torch
 from onnxopt.errors import UsageError
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Variant:
+    """A batch as it is learnt from.
+
+    Attributes:
+        inputs: The inputs.
+        partners: For each sample the number of the one it was mixed with.
+        share: Of the sample itself in the mixture.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    partners: np.ndarray
+    share: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Augmentation:
     """What is done at random to samples of floating-point inputs each time they are learnt from.
@@ -32,14 +47,8 @@ class Augmentation:
             if not 0 <= getattr(self, name) < 1000:
                 raise UsageError(f"{name} cannot be {getattr(self, name)}.", name)
 
-    def varied(
-        self, feed: Mapping[str, torch.Tensor], rng: np.random.Generator
-    ) -> tuple[dict[str, torch.Tensor], np.ndarray, float]:
-        """Return a variant of a batch.
-
-        Returns:
-            The inputs; for each sample the number of the one it was mixed with; and the share of the sample itself.
-        """
+    def varied(self, feed: Mapping[str, torch.Tensor], rng: np.random.Generator) -> Variant:
+        """Return a variant of a batch."""
         made = dict(feed)
         rows = min((len(v) for v in made.values()), default=0)
         partners, share = np.arange(rows), 1.0
@@ -56,7 +65,7 @@ class Augmentation:
                 noise = torch.from_numpy(rng.standard_normal(tuple(value.shape)).astype(np.float32))
                 value = value + self.noise * value.std() * noise.to(value.dtype)
             made[name] = value
-        return made, partners, share
+        return Variant(made, partners, share)
 
 
 def _shifted(images: torch.Tensor, most: int, rng: np.random.Generator) -> torch.Tensor:

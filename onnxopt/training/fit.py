@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,74 +15,9 @@ import torch
 from onnxopt.contract import Progress
 from onnxopt.errors import DataError, UsageError
 from onnxopt.training import safetensors
+from onnxopt.training.problem import Key, Problem
+from onnxopt.training.recipe import Recipe
 from onnxopt.training.trainable import Trainable
-
-Key = tuple[float, ...]
-"""How good a state is: greater is better, the first number that differs decides."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How parameters are optimized.
-
-    Attributes:
-        epochs: Passes over the samples, at most.
-        learning_rate: Of the last layer, at its highest.
-        batch: Samples per step.
-        weight_decay: Decoupled decay of matrices (AdamW, arXiv:1711.05101).
-        warmup: Share of the steps over which the learning rate rises; it then falls along a cosine.
-        layer_decay: Factor of the learning rate from a layer to the one before it (arXiv:1801.06146).
-        clip: Largest norm of all gradients together.
-        patience: Epochs without a better state after which training ends.
-        seed: Of the order of samples and what is random in them.
-    """
-
-    epochs: int
-    learning_rate: float
-    batch: int
-    weight_decay: float
-    warmup: float
-    layer_decay: float
-    clip: float
-    patience: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        checks = {
-            "epochs": self.epochs >= 1,
-            "learning_rate": 0 < self.learning_rate < math.inf,
-            "batch": self.batch >= 1,
-            "weight_decay": self.weight_decay >= 0,
-            "warmup": 0 <= self.warmup < 1,
-            "layer_decay": 0 < self.layer_decay <= 1,
-            "patience": self.patience >= 1,
-            "seed": self.seed >= 0,
-        }
-        for name, fine in checks.items():
-            if not fine:
-                raise UsageError(f"{name} cannot be {getattr(self, name)}.", name)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Return the factor of the learning rate at a step, counted from 0."""
-        rising = round(self.warmup * steps)
-        if step < rising:
-            return (step + 1) / (rising + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(steps - rising, 1)))
-
-
-class Problem(Protocol):
-    """What is learnt."""
-
-    def __len__(self) -> int:
-        """Return the number of samples to learn from."""
-
-    def losses(
-        self, numbers: np.ndarray, values: Mapping[str, torch.Tensor], rng: np.random.Generator
-    ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Yield losses of parts of a batch, and their weights, which add up to one."""
-
-    def judge(self, values: Mapping[str, torch.Tensor]) -> Key | None:
-        """Return how good parameters are on samples that are not learnt from; None when there are none."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
-import numpy as np
 import torch
 
-from onnxopt.training.augment import Augmentation
-from onnxopt.training.examples import Examples
-from onnxopt.training.finetune import EVALUATION_BATCH
-from onnxopt.training.fit import Key
+from onnxopt.training.augment import Variant
 from onnxopt.training.interpreter import Interpreter
-from onnxopt.training.values import feed_to_torch
+from onnxopt.training.problem import Key
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,49 +48,31 @@ class Target:
         return torch.log(values.clamp(min=1e-12)) if self.is_probability else values
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
 class Imitation:
-    """A teacher, a student, and samples."""
+    """A teacher, a student, and which of their values are compared."""
 
-    def __init__(
-        self,
-        teacher: Interpreter,
-        student: Interpreter,
-        targets: Sequence[Target],
-        learning: Examples,
-        judging: Examples | None,
-        augmentation: Augmentation,
-    ) -> None:
-        """Put both together."""
-        self._teacher = teacher
-        self._student = student
-        self._targets = targets
-        self._learning = learning
-        self._judging = judging
-        self._augmentation = augmentation
+    teacher: Interpreter
+    student: Interpreter
+    targets: tuple[Target, ...]
 
-    def __len__(self) -> int:
-        """Return the number of samples to learn from."""
-        return len(self._learning)
+    @property
+    def values(self) -> tuple[str, ...]:
+        """What the student is compared by."""
+        return tuple(t.student for t in self.targets)
 
-    def losses(
-        self, numbers: np.ndarray, values: Mapping[str, torch.Tensor], rng: np.random.Generator
-    ) -> Iterator[tuple[torch.Tensor, float]]:
-        """Yield losses of parts of a batch, and their weights."""
-        for feed, members in self._learning.batches(numbers, len(numbers)):
-            inputs, _, _ = self._augmentation.varied(feed_to_torch(feed), rng)
-            yield self._loss(inputs, values), len(members) / len(numbers)
+    def loss(self, batch: Variant, labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Return how far the student is from the teacher, which sees the same variants of the samples."""
+        return self._loss(batch.inputs, values)
 
-    def judge(self, values: Mapping[str, torch.Tensor]) -> Key | None:
-        """Return the loss on samples that are not learnt from; the greater, the better."""
-        if self._judging is None:
-            return None
-        total = 0.0
-        for feed, members in self._judging.batches(range(len(self._judging)), EVALUATION_BATCH):
-            total += float(self._loss(feed, values)) * len(members)
-        return (-total / len(self._judging),)
+    def judge(
+        self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]
+    ) -> Key:
+        """Return the loss; the greater, the better."""
+        return (-float(self._loss(inputs, values)),)
 
-    def _loss(self, inputs: Mapping[str, Any], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(self, inputs: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
         with torch.no_grad():
-            wanted = self._teacher.run(inputs, None, {t.teacher for t in self._targets})
-        found = self._student.run(inputs, values, {t.student for t in self._targets})
-        return torch.stack([t.loss(wanted[t.teacher], found[t.student]) for t in self._targets]).mean()
+            wanted = self.teacher.run(inputs, None, {t.teacher for t in self.targets})
+        found = self.student.run(inputs, values, set(self.values))
+        return torch.stack([t.loss(wanted[t.teacher], found[t.student]) for t in self.targets]).mean()

@@ -28,6 +28,7 @@ class Interpreter:
     caller.
 
     Attributes:
+        model: The model.
         outside: The nodes of the last runs that torch has no counterpart for and that were computed by `runtime`,
             each in words; no gradient passes them.
     """
@@ -42,7 +43,7 @@ class Interpreter:
         Raises:
             ModelError: If there is such a node and no `runtime`. The message names it.
         """
-        self._model = model
+        self.model = model
         self._runtime = runtime
         self._roots = {id(scope.graph): scope for scope in root_scopes(model)}
         self._plans: dict[tuple[int, frozenset[str] | None, frozenset[str]], _Plan] = {}
@@ -74,7 +75,7 @@ class Interpreter:
             ModelError: If a node cannot be computed in torch.
             DataError: If an input is missing, or a node rejects what it is given.
         """
-        graph = self._model.graph
+        graph = self.model.graph
         values: dict[ir.Value, Any] = {}
         for value in graph.inputs:
             name = value.name or ""
@@ -89,7 +90,7 @@ class Interpreter:
         return {name or "": self._value(value, frame) for name, value in named.items()}
 
     def _named(self, names: frozenset[str]) -> dict[str | None, ir.Value]:
-        graph = self._model.graph
+        graph = self.model.graph
         known: dict[str | None, ir.Value] = {v.name: v for node in graph for v in node.outputs}
         known |= {v.name: v for v in (*graph.inputs, *graph.initializers.values())}
         return {name: known[name] for name in names}
@@ -201,7 +202,7 @@ class Interpreter:
         raise ModelError(_lacking(step.node, reason))
 
     def _function(self, node: ir.Node) -> ir.Function | None:
-        return self._model.functions.get(node.op_identifier())
+        return self.model.functions.get(node.op_identifier())
 
     def _value(self, value: ir.Value, frame: _Frame) -> Any:
         """Return a value from the innermost frame that has it, or a constant."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import numpy as np
@@ -126,45 +125,3 @@ def _squared_errors(values: np.ndarray, targets: np.ndarray) -> np.ndarray:
     differences = (values.reshape(targets.shape).astype(np.float64) - targets) ** 2
     errors: np.ndarray = differences.reshape(len(targets), -1).mean(axis=1)
     return errors
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Score:
-    """How well a model does on samples.
-
-    Attributes:
-        name: "accuracy" or "mean squared error".
-        value: Its mean.
-        low: Lower end of its 95% interval.
-        high: Upper end.
-        samples: How many samples.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    samples: int
-
-    def __str__(self) -> str:
-        """Return it in words."""
-        if self.name == "accuracy":
-            return f"{self.value:.1%} ({self.low:.1%} to {self.high:.1%}, {self.samples:,} samples)"
-        return f"{self.value:.4g} ({self.low:.4g} to {self.high:.4g}, {self.samples:,} samples)"
-
-
-def score(task: str, each: np.ndarray) -> Score:
-    """Return the mean of what each sample scored: with Wilson's interval for shares, else with the normal one."""
-    count, mean = len(each), float(np.mean(each))
-    if task == "classification":
-        z = 1.959964
-        centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
-        half = z / (1 + z * z / count) * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count * count))
-        return Score("accuracy", mean, max(centre - half, 0.0), min(centre + half, 1.0), count)
-    half = 1.959964 * float(np.std(each)) / math.sqrt(count)
-    return Score("mean squared error", mean, mean - half, mean + half, count)
-
-
-def no_worse(task: str, before: Score, after: Score) -> bool:
-    """Whether a score is as good as another."""
-    return after.value >= before.value if task == "classification" else after.value <= before.value

@@ -31,7 +31,7 @@ def test_a_new_last_layer_is_learnt(tmp_path: Path, digits: Path, invoke: Invoke
     options = ("--train", "dense2*", "--lr", 0.02, "--epochs", 3)
     result = invoke("finetune", tmp_path / "new.onnx", "--data", digits, "-o", out, *options)
     assert result.exit_code == 0, result.output
-    assert "Accuracy on validation: before" in result.stdout and "Verified: " in result.stdout
+    assert "Accuracy on samples not learnt from: before" in result.stdout and "Verified: " in result.stdout
     result = invoke(
         "finetune", out, "--data", digits, "-o", tmp_path / "b.onnx", "--train", "dense2*", "--epochs", 1, "--json"
     )

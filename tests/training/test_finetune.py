@@ -74,7 +74,7 @@ def test_training_raises_accuracy_and_leaves_all_but_the_weights_alone(
     assert found.before is not None and found.after is not None
     assert found.after.value > found.before.value + 0.2
     assert found.after.low < found.after.value < found.after.high
-    assert found.task == "classification" and not found.is_worse and found.deviation < 1e-5
+    assert found.targets == ("the classes of y",) and not found.is_worse and found.deviation < 1e-5
     onnxopt.save(found.model, tmp_path / "after.onnx")
     after = onnx.load(tmp_path / "after.onnx")
     for one, two in zip(network.graph.initializer, after.graph.initializer, strict=True):
@@ -185,7 +185,7 @@ def test_regression(blobs: Blobs) -> None:
     truth = np.array([[1, 2], [3, 4], [0, 1], [-1, 0]], np.float32)
     x = blobs[0]["x"]
     found = finetune(proto, {"x": x}, x @ truth, epochs=60, learning_rate=0.2, weight_decay=0)
-    assert found.task == "regression" and found.after is not None and found.after.value < 0.05
+    assert found.targets == ("the targets of y",) and found.after is not None and found.after.value < 0.05
     assert np.allclose(weights(found.model)["w"], truth, atol=0.2)
 
 
@@ -274,7 +274,7 @@ def test_parameters_that_no_gradient_reaches_are_told(blobs: Blobs) -> None:
     found = finetune(proto, *blobs, epochs=1, validation=0)
     assert found.unreached == ("v",) and found.trained == ("w",)
     assert any("No gradient reaches 1 parameter" in sentence for sentence in found.sentences())
-    with pytest.raises(NothingDoneError, match="No gradient of the output"):
+    with pytest.raises(NothingDoneError, match='No gradient of "y" reaches'):
         finetune(proto, *blobs, train=["v"])
 
 

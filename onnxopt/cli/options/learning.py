@@ -1,0 +1,112 @@
+"""What is learnt from, and how."""
+
+from __future__ import annotations
+
+import click
+
+from onnxopt.cli.options.results import json_option, quiet_option, report_file_option
+from onnxopt.cli.options.running import provider_options, seed_option, threads_option
+from onnxopt.cli.options.values import F, Fraction, decorated
+
+
+def labelled_options(function: F) -> F:
+    """Add the options of commands that fit a classifier to labelled samples."""
+    return decorated(
+        function,
+        click.option(
+            "--data",
+            metavar="FILE|DIR|MODULE:FUNCTION",
+            required=True,
+            help='Labelled samples: an .npz with one array per input and "labels", samples along the first axis; or '
+            "inputs in another form, with --labels.",
+        ),
+        click.option(
+            "--labels",
+            metavar="FILE",
+            type=click.Path(),
+            help='The classes of --data, an .npy; by default its key "labels".',
+        ),
+        click.option(
+            "--classes", metavar="K", type=click.IntRange(min=2), help="Number of classes; the labels must hold them."
+        ),
+        click.option(
+            "--folds",
+            metavar="N",
+            type=click.IntRange(min=2),
+            default=5,
+            show_default=True,
+            help="Folds of cross-validation.",
+        ),
+        provider_options,
+        seed_option(),
+        report_file_option(),
+        quiet_option(),
+    )
+
+
+def training_options(function: F) -> F:
+    """Add the options of training. What is not given is None; `given` leaves it to the defaults of the library."""
+    number = click.IntRange(min=1)
+    return decorated(
+        function,
+        click.option("--output", "-o", metavar="OUT", type=click.Path(), required=True, help="Where the result goes."),
+        click.option(
+            "--freeze", metavar="GLOB", multiple=True, help="Leave parameters of such names; may be repeated."
+        ),
+        click.option(
+            "--train", metavar="GLOB", multiple=True, help="Train only parameters of such names; may be repeated."
+        ),
+        click.option(
+            "--epochs",
+            metavar="N",
+            type=number,
+            help="Most passes over the samples; by default 20, and 100 for distill.",
+        ),
+        click.option(
+            "--learning-rate",
+            "--lr",
+            metavar="RATE",
+            type=float,
+            help="Highest learning rate, by default 0.001; try 5e-5 for transformers.",
+        ),
+        click.option("--batch", metavar="N", type=number, help="Samples per step, by default 32."),
+        click.option(
+            "--weight-decay", metavar="X", type=float, help="Decay of matrices; by default 0.01, and 0 for distill."
+        ),
+        click.option(
+            "--layer-decay",
+            metavar="FACTOR",
+            type=float,
+            help="Factor of the learning rate from a layer to the one before it, by default 1.",
+        ),
+        click.option(
+            "--validation",
+            type=Fraction(below_one=True),
+            help="Share of the samples that judge and are not learnt from, by default 20%, and 10% for distill; 0 "
+            "keeps the last epoch unjudged.",
+        ),
+        click.option(
+            "--patience",
+            metavar="N",
+            type=number,
+            help="Stop after so many epochs without a better state; by default 5, and 25 for distill.",
+        ),
+        click.option("--shift", metavar="PIXELS", type=click.IntRange(min=0), help="Move images at random by so much."),
+        click.option("--noise", type=Fraction(), help="Add noise, as a fraction of the inputs' deviation."),
+        click.option(
+            "--mix",
+            metavar="ALPHA",
+            type=float,
+            help="Mix pairs of samples (mixup); 0 for none, by default for finetune, and 1 by default for distill.",
+        ),
+        click.option(
+            "--checkpoint",
+            metavar="FILE.safetensors",
+            type=click.Path(dir_okay=False),
+            help="Keep the state after each epoch here, and go on from it.",
+        ),
+        threads_option(),
+        seed_option(),
+        json_option(),
+        quiet_option(),
+    )

@@ -1,0 +1,230 @@
+"""The way through a training: torch compared with the runtime, parameters fitted, the result judged by the runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from onnxopt import runtime
+from onnxopt.contract import Progress, Silent
+from onnxopt.errors import NothingDoneError, UsageError
+from onnxopt.feeds import Feed
+from onnxopt.runtime import RunOptions
+from onnxopt.training.augment import Augmentation
+from onnxopt.training.examples import Examples, split
+from onnxopt.training.fit import fit
+from onnxopt.training.forward import agreement, require_agreement
+from onnxopt.training.interpreter import Interpreter
+from onnxopt.training.parameters import choose, find_parameters, with_parameters
+from onnxopt.training.problem import EVALUATION_BATCH, Aim, Problem
+from onnxopt.training.recipe import Recipe
+from onnxopt.training.trainable import Trainable, trainable, values_of
+from onnxopt.training.trained import Score, Trained, score
+
+FEEDS_TO_CHECK = 4
+"""On so many samples torch and the runtime are compared, before and after."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the trainings of all kinds have in common.
+
+    Attributes:
+        recipe: How parameters are optimized.
+        augmentation: What is done to samples at random.
+        train: Patterns of the names of parameters that are trained; all when there are none.
+        freeze: Patterns of those that are not.
+        validation: Share of the samples that judge and are not learnt from.
+        threads: Threads of torch and of the runtime.
+        checkpoint: File for the state after each epoch.
+        progress: Told what is being done.
+    """
+
+    recipe: Recipe
+    augmentation: Augmentation
+    train: Sequence[str]
+    freeze: Sequence[str]
+    validation: float
+    threads: int
+    checkpoint: str | os.PathLike[str] | None
+    progress: Progress | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise UsageError(f"validation must be at least 0 and below 1, not {self.validation}.", "validation")
+        if self.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
+
+    @property
+    def options(self) -> RunOptions:
+        """How the runtime runs models."""
+        return RunOptions(threads=self.threads)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Lesson:
+    """What is to be learnt by a model.
+
+    Attributes:
+        aim: What is asked of it.
+        targets: The same in words.
+        output: The output that it is judged by.
+        measure: What the judgement is called.
+        is_share: Whether the judgement is a share of what is right, or else an error.
+        right: Inputs, labels and output of a batch -> what each sample, or each part of it, scores.
+        key: What tells it from others, besides model, samples and settings.
+    """
+
+    aim: Aim
+    targets: tuple[str, ...]
+    output: str
+    measure: str
+    is_share: bool
+    right: Callable[[Feed, np.ndarray | None, np.ndarray], np.ndarray]
+    key: object
+
+
+def interpreted(model: ir.Model, examples: Examples, settings: Settings, what: str) -> Interpreter:
+    """Return a model in torch, which computes what the runtime computes.
+
+    Args:
+        model: The model.
+        examples: Samples; the models are compared on the first of them.
+        settings: How to run.
+        what: What the message calls the model.
+
+    Raises:
+        ModelError: If torch cannot compute it.
+        VerificationError: If torch computes something else.
+    """
+    interpreter = Interpreter(model, runtime.evaluate_node)
+    found = agreement(model, interpreter, examples.feeds[:FEEDS_TO_CHECK], settings.options)
+    require_agreement(found, f"torch does not compute what {what} computes")
+    return interpreter
+
+
+def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings: Settings) -> Trained:
+    """Train the parameters of a model.
+
+    Args:
+        interpreter: The model in torch.
+        lesson: What it is to learn.
+        examples: The samples, those that judge among them.
+        settings: How.
+
+    Raises:
+        UsageError: If a pattern fits nothing, or the checkpoint belongs to another run.
+        DataError: If there are too few samples, the loss is not finite, or the checkpoint cannot be read.
+        NothingDoneError: If there are no parameters that could be trained.
+        VerificationError: If the runtime computes something else than what was trained.
+    """
+    start, model, options = time.perf_counter(), interpreter.model, settings.options
+    learning, judging = split(examples, settings.validation, settings.recipe.seed)
+    trained, unreached = _reached(interpreter, _chosen(model, settings), examples.feeds[0], lesson.aim.values)
+    found = fit(
+        Problem(lesson.aim, learning, judging, settings.augmentation),
+        trained,
+        settings.recipe,
+        settings.progress or Silent(),
+        checkpoint=None if settings.checkpoint is None else Path(settings.checkpoint),
+        key=_fingerprint(trained, examples, settings, lesson.key),
+    )
+    result = with_parameters(model, found.values)
+    check = agreement(result, interpreter, examples.feeds[:FEEDS_TO_CHECK], options, found.values)
+    require_agreement(check, "The trained model does not compute what was trained")
+    return Trained(
+        result,
+        lesson.targets,
+        _judged(model, lesson, judging, options),
+        _judged(result, lesson, judging, options),
+        tuple(trained),
+        unreached,
+        tuple(interpreter.outside),
+        found.epochs,
+        found.best,
+        found.resumed,
+        check.worst,
+        time.perf_counter() - start,
+    )
+
+
+def _chosen(model: ir.Model, settings: Settings) -> dict[str, Trainable]:
+    """Return the parameters that are to be trained.
+
+    Raises:
+        NothingDoneError: If the model has none.
+        UsageError: If a pattern fits nothing.
+    """
+    parameters = find_parameters(model)
+    if not parameters:
+        raise NothingDoneError("The model has no floating-point parameters that could be trained.")
+    return {name: trainable(parameters[name]) for name in choose(parameters, settings.train, settings.freeze)}
+
+
+def _reached(
+    interpreter: Interpreter, trained: Mapping[str, Trainable], feed: Feed, names: Sequence[str]
+) -> tuple[dict[str, Trainable], tuple[str, ...]]:
+    """Return the parameters that a gradient reaches on a sample, and the names of the others.
+
+    Raises:
+        NothingDoneError: If none is left.
+    """
+    found = interpreter.run(feed, values_of(trained), names)
+    total = sum((value.sum() for value in found.values()), torch.zeros(()))
+    gradients: Sequence[torch.Tensor | None] = [None] * len(trained)
+    if total.requires_grad:
+        gradients = torch.autograd.grad(total, [each.leaf for each in trained.values()], allow_unused=True)
+    pairs = list(zip(trained.items(), gradients, strict=True))
+    reached = {name: each for (name, each), gradient in pairs if gradient is not None}
+    if not reached:
+        outside = ", ".join(list(interpreter.outside)[:3])
+        why = f", behind {outside}, which torch has no counterpart for" if outside else ""
+        told = " and ".join(f'"{name}"' for name in names)
+        raise NothingDoneError(f"No gradient of {told} reaches the parameters that were chosen{why}.")
+    return reached, tuple(name for (name, _), gradient in pairs if gradient is None)
+
+
+def _judged(model: ir.Model, lesson: Lesson, judging: Examples | None, options: RunOptions) -> Score | None:
+    """Return how well the runtime's outputs do on samples that are not learnt from."""
+    if judging is None:
+        return None
+    each = np.zeros(len(judging))
+    with runtime.open_session(model, options, optimized=True) as session:
+        for feed, members in judging.batches(range(len(judging)), EVALUATION_BATCH):
+            output = np.asarray(session.run(feed, only=[lesson.output])[lesson.output])
+            labels = None if judging.labels is None else judging.labels[members]
+            each[members] = lesson.right(feed, labels, output).reshape(len(members), -1).mean(axis=1)
+    return score(lesson.measure, each, is_share=lesson.is_share)
+
+
+def _fingerprint(trained: Mapping[str, Trainable], examples: Examples, settings: Settings, key: object) -> str:
+    """Return what tells a run from others: its parameters, samples and settings."""
+    digest = hashlib.sha256(repr((settings.recipe, settings.augmentation, settings.validation, key)).encode())
+    for name, each in trained.items():
+        digest.update(name.encode() + each.leaf.detach().numpy().tobytes())
+    for feed in examples.feeds:
+        for name, value in feed.items():
+            digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    if examples.labels is not None:
+        digest.update(np.ascontiguousarray(examples.labels).tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Let torch use so many threads; afterwards as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
