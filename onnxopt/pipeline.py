@@ -87,7 +87,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "small",
             "lossless, then 8-bit weights: a quarter of the size, at a deviation that is reported.",
-            f"{_LOSSLESS},quantize-weights",
+            f"{_LOSSLESS},quantize-weights,strip-metadata",
         ),
     )
 }

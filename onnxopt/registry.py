@@ -113,6 +113,16 @@ BUILTIN: dict[str, Entry] = dict(
             "Remove nodes, initializers and functions that no output depends on.",
         ),
         _entry(
+            "strip-metadata",
+            "simplify.strip_metadata:StripMetadata",
+            "Drop what exporters note about nodes, such as stack traces with the paths of source files.",
+        ),
+        _entry(
+            "shorten-names",
+            "simplify.shorten_names:ShortenNames",
+            "Call inner values, weights and nodes by names of a few letters.",
+        ),
+        _entry(
             "merge-common-subexpressions",
             "simplify.merge_common_subexpressions:MergeCommonSubexpressions",
             "Compute once what is computed twice.",

@@ -179,3 +179,13 @@ def test_small_blocks_give_the_same_result(monkeypatch):
             patch.setattr(grids, "blocks", lambda shape: blocks(shape, 13))
             np.testing.assert_array_equal(grid_for(array, "minmax", axis).scale, grid.scale)
             np.testing.assert_array_equal(grids.quantize(array, grid), whole)
+
+
+@pytest.mark.parametrize("mode", MAKERS)
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_a_number_has_a_grid_too(mode, dtype):
+    array = np.asarray(3.0, dtype)
+    grid = grid_for(array, mode, None)
+    integers = grids.quantize(array, grid)
+    assert (integers.shape, integers.dtype) == ((), grid.dtype)
+    assert grids.dequantize(integers, grid) == pytest.approx(3.0, rel=1e-2)

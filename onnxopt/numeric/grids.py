@@ -148,7 +148,8 @@ def quantize(array: Array, grid: Grid) -> Array:
         scale, zero_point = scale.astype(np.float64), zero_point.astype(np.float64)
     limits = np.iinfo(grid.dtype)
     for index in blocks(array.shape):
-        piece = as_working(array[index]) / part(scale, grid.axis, index)
+        # numpy makes a number, not an array, of what has no axes
+        piece = np.asarray(as_working(array[index]) / part(scale, grid.axis, index))
         np.rint(piece, out=piece)
         piece += part(zero_point, grid.axis, index)
         np.clip(piece, limits.min, limits.max, out=piece)

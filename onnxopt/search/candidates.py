@@ -14,9 +14,19 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxopt.contract import Target
+    from onnxopt.report.data import Objective
 
 FEWEST_ELEMENTS = 4096
 """A kind of layer with fewer weights than this in all is not worth a candidate."""
+
+TIDY = "strip-metadata"
+"""What ends every candidate: of layers that are written anew, the exporter's notes say nothing true any more."""
+
+SMALLEST = f"shorten-names,{TIDY}"
+"""What ends them where size is what counts."""
+
+TIDYING = ("shorten-names", "strip-metadata")
+"""Passes that change nothing that is computed. There may be nothing for them to do."""
 
 HELPERS = ("smooth-activations", "quantize-weights", "store-float16")
 """Passes that run besides the one a candidate is about: they compute nothing in another precision by themselves."""
@@ -48,7 +58,7 @@ class Proposal:
 
     Attributes:
         name: What it is, in a few words.
-        passes: Lossy passes as a pipeline string; empty for keeping the model as it is.
+        passes: What runs on the lossless result, as a pipeline string; empty for keeping that as it is.
     """
 
     name: str
@@ -56,7 +66,7 @@ class Proposal:
 
     @property
     def pipeline(self) -> Pipeline:
-        """The lossy passes."""
+        """The passes."""
         return Pipeline.parse(self.passes) if self.passes else Pipeline((), "lossless")
 
     @property
@@ -98,7 +108,14 @@ _KINDS = {
 }
 
 
-def propose(inventory: Inventory, target: Target, *, learning: bool, bits: Literal[8, 7] = 8) -> list[Proposal]:
+def propose(
+    inventory: Inventory,
+    target: Target,
+    *,
+    learning: bool,
+    bits: Literal[8, 7] = 8,
+    objective: Objective = "latency",
+) -> list[Proposal]:
     """Return what to try, what is likely to win first.
 
     Args:
@@ -106,10 +123,13 @@ def propose(inventory: Inventory, target: Target, *, learning: bool, bits: Liter
         target: What it is for.
         learning: Whether there is data that passes can learn from.
         bits: Of weights that integers are multiplied by; 7 where sums of 8-bit products overflow.
+        objective: What counts: for size, names are shortened too.
     """
     makers = {"cpu": _for_cpu, "cuda": _for_cuda, "portable": _portable}
     proposals = makers[target](inventory, bits) if inventory.total >= FEWEST_ELEMENTS else ()
-    return [KEEP, *(p for p in proposals if learning or not p.learns)]
+    end = SMALLEST if objective == "size" else TIDY
+    tidied = (dataclasses.replace(p, passes=f"{p.passes},{end}") for p in proposals)
+    return [KEEP, *(p for p in tidied if learning or not p.learns)]
 
 
 def _for_cpu(inventory: Inventory, bits: int) -> Iterator[Proposal]:

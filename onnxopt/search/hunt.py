@@ -31,7 +31,7 @@ def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
     """Return what is worth trying on a model."""
     learning = settings.data is not None or settings.force_calibration
     bits: Literal[8, 7] = 7 if settings.target != "cuda" and overflows_here() else 8
-    return propose(take_inventory(model), settings.target, learning=learning, bits=bits)
+    return propose(take_inventory(model), settings.target, learning=learning, bits=bits, objective=settings.objective)
 
 
 def any_learns(found: Sequence[Proposal]) -> bool:

@@ -21,7 +21,7 @@ from onnxopt.measure import measure
 from onnxopt.metrics import Evaluator, MetricResult
 from onnxopt.model import model_bytes
 from onnxopt.runtime import RunOptions, open_session
-from onnxopt.search.candidates import HELPERS, KEEP, Proposal
+from onnxopt.search.candidates import HELPERS, KEEP, TIDYING, Proposal
 from onnxopt.search.decision import Limits, Record, Speed
 from onnxopt.verify import LOSSY_FEEDS, Verifier
 
@@ -279,8 +279,9 @@ def _idleness(done: PassReport) -> str:
 
 def _helpers(proposal: Proposal) -> set[str]:
     """Return the passes that are beside the point of a candidate; what it consists of is never."""
+    tidying = {name for name in proposal.names if name in TIDYING}
     helpers = {name for name in proposal.names if name in HELPERS}
-    return set() if helpers == set(proposal.names) else helpers
+    return tidying if helpers | tidying == set(proposal.names) else helpers | tidying
 
 
 def _part(data: Data | Sequence[Feed], start: int, size: int) -> Data | Sequence[Feed]:

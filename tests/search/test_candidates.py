@@ -12,6 +12,7 @@ import pytest
 import onnxopt
 from onnxopt.contract import TARGETS, Target
 from onnxopt.registry import entries
+from onnxopt.report.data import Objective
 from onnxopt.search.arithmetic import overflows
 from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
 
@@ -53,22 +54,22 @@ def test_a_convolutional_net_on_the_cpu() -> None:
 
 def test_an_encoder_on_the_cpu() -> None:
     found = propose(Inventory(0, 10**6, 0, 10**6), "cpu", learning=True)
-    assert found[1] == Proposal("dynamic int8", "quantize-dynamic,quantize-weights")
-    assert found[2].passes == "smooth-activations,quantize-dynamic,quantize-weights"
+    assert found[1] == Proposal("dynamic int8", "quantize-dynamic,quantize-weights,strip-metadata")
+    assert found[2].passes == "smooth-activations,quantize-dynamic,quantize-weights,strip-metadata"
     assert "quantize-static" not in {n for p in found for n in p.names}
     assert any("bits=4" in p.passes for p in found)
 
 
 def test_both_kinds_of_layers_on_the_cpu() -> None:
     passes = [p.passes for p in propose(ALL, "cpu", learning=True)]
-    assert "quantize-dynamic,quantize-weights" in passes
-    assert "quantize-dynamic,quantize-static,quantize-weights" in passes
-    assert "smooth-activations,quantize-dynamic,quantize-static,quantize-weights" in passes
+    assert "quantize-dynamic,quantize-weights,strip-metadata" in passes
+    assert "quantize-dynamic,quantize-static,quantize-weights,strip-metadata" in passes
+    assert "smooth-activations,quantize-dynamic,quantize-static,quantize-weights,strip-metadata" in passes
 
 
 def test_other_targets_get_what_they_have_kernels_for() -> None:
     cuda = {n for p in propose(ALL, "cuda", learning=True) for n in p.names}
-    assert cuda == {"convert-float16", "quantize-matmul", "quantize-weights"}
+    assert cuda == {"convert-float16", "quantize-matmul", "quantize-weights", "strip-metadata"}
     portable = {n for p in propose(ALL, "portable", learning=True) for n in p.names}
     assert "quantize-matmul" not in portable
 
@@ -89,7 +90,7 @@ def test_every_pass_that_is_proposed_exists(target: Target) -> None:
 
 def test_weights_have_seven_bits_where_sums_of_products_overflow() -> None:
     found = propose(ALL, "cpu", learning=True, bits=7)
-    assert Proposal("static int8, 7-bit weights", "quantize-static{bits=7},quantize-weights") in found
+    assert Proposal("static int8, 7-bit weights", "quantize-static{bits=7},quantize-weights,strip-metadata") in found
     assert len(found) == len(propose(ALL, "cpu", learning=True))
     for proposal in found:
         bits = {
@@ -110,3 +111,12 @@ def test_overflow_shows_in_a_product(scale: float, expected: bool) -> None:
 
 def test_without_the_operator_nothing_overflows() -> None:
     assert not overflows(lambda node, inputs, opset: None)
+
+
+@pytest.mark.parametrize(
+    ("objective", "end"), [("latency", "strip-metadata"), ("size", "shorten-names,strip-metadata")]
+)
+def test_names_are_shortened_only_for_size(objective: Objective, end: str) -> None:
+    keep, *others = propose(ALL, "cpu", learning=True, objective=objective)
+    assert not keep.passes
+    assert all(p.passes.endswith(f",{end}") and p.passes.count("shorten") == end.count("shorten") for p in others)

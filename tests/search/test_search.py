@@ -18,6 +18,7 @@ from onnxopt import registry
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
 from onnxopt.search import hunt, lab, run
+from onnxopt.search.candidates import TIDYING
 
 MODELS = Path(__file__).parents[2] / "models"
 CNN = MODELS / "mnist_cnn_bn.onnx"
@@ -115,7 +116,7 @@ def register(monkeypatch: pytest.MonkeyPatch, **passes: type[GraphPass]) -> None
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     monkeypatch.setattr(registry, "BUILTIN", registry.BUILTIN | entries)
     registry.entries.cache_clear()
-    propose, wanted = hunt.propose, {"quantize-weights", *made_up}
+    propose, wanted = hunt.propose, {"quantize-weights", *TIDYING, *made_up}
 
     def some(*arguments: Any, **options: Any) -> list[Any]:
         return [p for p in propose(*arguments, **options) if set(p.names) <= wanted]
@@ -140,7 +141,7 @@ def test_the_best_within_the_budget_is_found_and_reported(monkeypatch: pytest.Mo
     search = report.search
     assert search is not None
     assert (search.winner.name, search.winner.status) == ("8-bit weights", "winner")
-    assert (report.recipe, report.pipeline.split(",")[-1]) == ("search", "quantize-weights")
+    assert (report.recipe, report.pipeline.split(",")[-1]) == ("search", "strip-metadata")
     assert report.metric == search.winner.metric
     assert report.metric is not None
     assert report.metric.high <= 0.01
@@ -150,8 +151,10 @@ def test_the_best_within_the_budget_is_found_and_reported(monkeypatch: pytest.Mo
     assert report.after.bytes < 0.3 * report.before.bytes
     assert report.verification is not None
     assert report.verification.ok
-    assert report.passes[-1].name == "quantize-weights"
-    assert report.passes[-1].applied
+    quantized, shortened, _ = report.passes[-3:]
+    assert (quantized.name, shortened.name) == ("quantize-weights", "shorten-names")
+    assert quantized.applied
+    assert shortened.applied
 
 
 def test_a_guilty_layer_stays_in_float_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
