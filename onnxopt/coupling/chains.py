@@ -59,17 +59,15 @@ def _follow_sizes(builder: Builder, node: ir.Node, data: ir.Value, part: Rearran
     written: list[tuple[int, int]] = []
     for place, factors in enumerate(part.after):
         sized = [factor for factor in factors if part.sizes[factor] != 1]
-        if not any(isinstance(part.sizes[factor], int) for factor in sized):
-            continue
+        known = any(isinstance(part.sizes[factor], int) for factor in sized)
         found = element(node.inputs[1], place, builder.known)
-        if found == -1:
-            continue
-        if len(sized) == 1 and isinstance(found, int):
+        if isinstance(found, tuple) and len(found) == len(sized) == 1:
+            builder.tie(*found[0], data, axis_of[sized[0]])
+        elif isinstance(found, tuple) or (known and found != -1 and (found is None or len(sized) != 1)):
+            computed = found if isinstance(found, tuple) else ()
+            for value, axis in (*((data, axis_of[factor]) for factor in sized), *computed):
+                builder.freeze(value, axis, f"its size is computed in front of {label(node)}")
+        elif known and found != -1:
             written.append((place, axis_of[sized[0]]))
-        elif len(sized) == 1 and isinstance(found, tuple):
-            builder.tie(*found, data, axis_of[sized[0]])
-        else:
-            for factor in sized:
-                builder.freeze(data, axis_of[factor], f"its size is computed in front of {label(node)}")
     places, axes = tuple(p for p, _ in written), tuple(a for _, a in written)
     builder.rewrites.append(SetSizes(node, (data,), 1, places, axes))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from onnxopt.coupling.builder import Builder, Opaque, Way, label
 from onnxopt.coupling.chains import follow_chain, parted_again
 from onnxopt.coupling.partition import Ints, as_ints
 from onnxopt.coupling.rewrites import SetSizes
-from onnxopt.coupling.sizes import element
+from onnxopt.coupling.sizes import Place, element
 
 
 class Block(NamedTuple):
@@ -80,24 +80,55 @@ def reshape(builder: Builder, node: ir.Node) -> None:
         for axis in axes:
             builder.freeze(value, axis, f"{label(node)} merges it with axes of unknown size")
     if node.op_type == "Reshape":
-        follow_sizes(builder, node, 1)
+        merged = {block.after[0]: [(data, axis) for axis in block.before] for block in blocks if len(block.after) == 1}
+        follow_sizes(builder, node, 1, merged)
 
 
-def follow_sizes(builder: Builder, node: ir.Node, index: int) -> None:
-    """Make the sizes that a node is given for its output follow its axes; freeze those that cannot."""
+def follow_sizes(
+    builder: Builder, node: ir.Node, index: int, merged: Mapping[int, Sequence[Place]] | None = None
+) -> None:
+    """Make the sizes that a node is given for its output follow its axes; freeze those that cannot.
+
+    Args:
+        builder: Where to.
+        node: The node.
+        index: Which of its inputs lists the sizes.
+        merged: Axis of the output -> the axes of the input that it consists of, for those that are known.
+    """
     output = node.outputs[0]
     written = []
     for axis, dim in enumerate(builder.shape(output)):
-        if not isinstance(dim, int) or dim == 1:
+        if dim == 1:
             continue
         found = element(node.inputs[index], axis, builder.known)
-        if found is None:
-            builder.freeze(output, axis, f"its size is computed in front of {label(node)}")
-        elif isinstance(found, int):
-            written.append(axis)
-        else:
-            builder.tie(*found, output, axis)
+        if isinstance(found, int):
+            if isinstance(dim, int):
+                written.append(axis)
+        elif found is None or not _tie_factors(builder, found, (merged or {}).get(axis, [(output, axis)])):
+            for place in ((output, axis), *(found or ())):
+                builder.freeze(*place, f"its size is computed in front of {label(node)}")
     builder.rewrites.append(SetSizes(node, (output,), index, tuple(written), tuple(written)))
+
+
+def _tie_factors(builder: Builder, factors: Sequence[Place], axes: Sequence[Place]) -> bool:
+    """Tie the axes whose sizes are multiplied to those that are merged, one by one; return whether they match."""
+    left = [place for place in axes if builder.shape(place[0])[place[1]] != 1]
+    pairs = []
+    for value, axis in factors:
+        size = builder.shape(value)[axis]
+        if size == 1:
+            continue
+        equal = [place for place in left if builder.shape(place[0])[place[1]] == size]
+        if not equal:
+            return False
+        chosen = (value, axis) if (value, axis) in equal else equal[0]
+        left.remove(chosen)
+        pairs.append(((value, axis), chosen))
+    if left:
+        return False
+    for (value, axis), (other, place) in pairs:
+        builder.tie(value, axis, other, place)
+    return True
 
 
 def _ways(builder: Builder, data: ir.Value, output: ir.Value, block: Block) -> list[Way]:

@@ -8,10 +8,9 @@ from typing import TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.fills import fill
 from onnxopt.coupling.builder import Builder, Opaque, is_constant, label
 from onnxopt.coupling.reshaping import follow_sizes, reshape
-from onnxopt.coupling.rewrites import SetBounds, SetIndexes, SetSizes, SetSplit
+from onnxopt.coupling.rewrites import SetBounds, SetIndexes, SetSplit
 from onnxopt.coupling.sizes import measured
 from onnxopt.graph import attribute, constant_array, constant_scalar
 
@@ -333,13 +332,8 @@ def branches(builder: Builder, node: ir.Node) -> None:
 
 
 def filled(builder: Builder, node: ir.Node) -> None:
-    """A tensor of one number, whose shape is in the file."""
-    output = node.outputs[0]
-    if fill(output) is None:
-        raise Opaque("its shape is computed")
-    axes = tuple(range(len(builder.shape(output))))
-    builder.ids(output, 0)
-    builder.rewrites.append(SetSizes(node, (output,), 0, axes, axes))
+    """A tensor of one number."""
+    follow_sizes(builder, node, 0)
 
 
 def nothing(builder: Builder, node: ir.Node) -> None:

@@ -13,8 +13,14 @@ from onnxopt.graph import attribute, constant_array, constant_ints, insert_befor
 if TYPE_CHECKING:
     from onnxopt.analysis.shapes import Shapes
 
-Element: TypeAlias = int | tuple[ir.Value, int] | None
-"""A number of the file; an axis of a value whose size it is; or something else."""
+Place: TypeAlias = tuple[ir.Value, int]
+"""An axis of a value."""
+Element: TypeAlias = int | tuple[Place, ...] | None
+"""A number of the file; the axes whose sizes it is the product of, mostly one; or something else."""
+
+
+_SIZES_AT = {"ConstantOfShape": 0, "Expand": 1, "Reshape": 1, "Resize": 3}
+"""Operators whose output has the sizes that they are given, and which input lists them."""
 
 
 def _keeps_elements(node: ir.Node, shapes: Shapes) -> bool:
@@ -40,16 +46,29 @@ def element(value: ir.Value | None, index: int, shapes: Shapes) -> Element:
         source = node.inputs[0]
         rank = None if source is None else shapes.rank(source)
         axes = None if rank is None else _read(node, rank)
-        return None if axes is None or source is None or index >= len(axes) else (source, axes[index])
+        return None if axes is None or source is None or index >= len(axes) else ((source, axes[index]),)
     if is_op(node, "Concat"):
         for piece, start, length in _pieces(node, shapes):
             if start <= index < start + length:
                 return element(piece, index - start, shapes)
         return None
+    if is_op(node, "Mul"):
+        return _product(node, shapes)
     chosen = _chosen(node, shapes)
     if chosen is None or index >= len(chosen):
         return None
     return element(node.inputs[0], chosen[index], shapes)
+
+
+def _product(node: ir.Node, shapes: Shapes) -> Element:
+    """Return the axes whose sizes a Mul multiplies; only of single numbers."""
+    factors: list[Place] = []
+    for value in node.inputs:
+        found = element(value, 0, shapes) if value is not None and shapes.of(value) in ((), (1,)) else None
+        if not isinstance(found, tuple):
+            return None
+        factors += found
+    return tuple(factors)
 
 
 def _read(shape: ir.Node, rank: int) -> list[int]:
@@ -109,6 +128,8 @@ def measured(shape: ir.Node, rank: int, shapes: Shapes) -> set[int]:
                 pending.append((node.outputs[0], axes, False))
             elif is_op(node, "Gather", "Slice") and use.idx == 0 and (places := _chosen(node, shapes)) is not None:
                 pending.append((node.outputs[0], [axes[i] for i in places] if listed else axes, listed))
+            elif is_op(node, "Mul") and _product(node, shapes) is not None:
+                pending.append((node.outputs[0], axes, False))
             elif not takes_sizes(node, use.idx):
                 found.update(axes)
     return found
@@ -116,7 +137,8 @@ def measured(shape: ir.Node, rank: int, shapes: Shapes) -> set[int]:
 
 def takes_sizes(node: ir.Node, index: int) -> bool:
     """Whether an input is a list of sizes whose elements rules look up one by one."""
-    return (is_op(node, "Reshape", "Expand") and index == 1) or (is_op(node, "Resize") and index == 3)
+    place = _SIZES_AT.get(node.op_type)
+    return place == index and is_op(node, *_SIZES_AT)
 
 
 def with_elements(
