@@ -11,6 +11,7 @@ https://arxiv.org/abs/1706.03762; K and V may have fewer heads, Ainslie et al. 2
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection
 
 import onnx_ir as ir
@@ -186,12 +187,17 @@ def _scores(value: ir.Value, shapes: Shapes) -> _Scores | str | None:
     """Walk from what goes into the softmax to the product of Q and K."""
     factor = 1.0
     masks: list[Mask] = []
+    added_to: list[tuple[Dim, ...]] = []
     widest = shapes.of(value)
     for _ in range(_MAX_STEPS):
         node = value.producer()
         if node is None or widest is None:
             return None
         if is_op(node, "MatMul"):
+            if any(
+                not _is_over_outer_axes(m, at, shapes.of(value), shapes) for m, at in zip(masks, added_to, strict=True)
+            ):
+                return "a mask is added where batch and heads are divided into other axes"
             return _Scores(node, factor, tuple(reversed(masks)), widest)
         step = _step(node, shapes)
         if step is None or isinstance(step, str):
@@ -202,13 +208,34 @@ def _scores(value: ir.Value, shapes: Shapes) -> _Scores | str | None:
         if only_use(value) is None:
             return "the attention scores are used elsewhere"
         factor *= number
-        masks += [mask] if mask is not None else []
         before, after = shapes.of(inner), shapes.of(value)
         if before is None or after is None or before[-2:] != after[-2:]:
             return None
+        if mask is not None:
+            masks.append(mask)
+            added_to.append(after)
         widest = before if len(before) > len(widest) else widest
         value = inner
     return None
+
+
+def _is_over_outer_axes(mask: Mask, at: tuple[Dim, ...], product: tuple[Dim, ...] | None, shapes: Shapes) -> bool:
+    """Whether a mask means the same for the product of Q and K as for the reshaped one of shape `at` it is added to."""
+    own = shapes.of(mask.value)
+    if own is not None and all(size == 1 for size in own[:-2]):
+        return True
+    if product is None:
+        return False
+    outer, given = product[:-2], at[:-2]
+    if len(outer) == 1 and len(given) == 2:  # batch and heads are told apart where the mask is added
+        return given[0] * given[1] == outer[0]
+    if len(outer) == 3 and len(given) == 2:  # heads that share K and V are told apart in the product
+        return given == (outer[0], outer[1] * outer[2])
+    return list(itertools.dropwhile(_is_one, outer)) == list(itertools.dropwhile(_is_one, given))
+
+
+def _is_one(size: Dim) -> bool:
+    return size == 1
 
 
 def _step(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, float, Mask | None] | str | None:

@@ -288,6 +288,15 @@ def test_keys_from_a_cache(rewritten):
         assert [o.name for o in found.model.graph.outputs] == ["y", "keys", "values"]
 
 
+WINDOWS = f"""
+    apart = Constant<value_ints=[0, 2, {HEADS // 2}, 0, -1]>() together = Constant<value_ints=[0, {HEADS}, -1, 0]>()
+    pair = Constant<value_floats=[0.0, -100.0]>() five = Constant<value_ints=[1, 2, 1, 1, 1]>()
+    window = Reshape(pair, five) s5 = Reshape(sm, apart) m5 = Add(s5, window) s4 = Reshape(m5, together)
+    p = Softmax<axis=-1>(s4)
+"""
+"""Masks per window, as Swin has them: the axis in front is divided further for them."""
+
+
 def near_miss(change, opset=23, target="portable"):
     text = SCORES["legacy"] + MASKS["lowest"] + "p = Softmax<axis=-1>(sm) o = MatMul(p, vt) " + MERGE
     before, after, *outs = change
@@ -313,6 +322,7 @@ def near_miss(change, opset=23, target="portable"):
          "the scores are scaled after a mask was added"),
         (("p = Softmax<axis=-1>(sm)", "p = Softmax<axis=2>(sm)"),
          "the softmax is not over the keys, or its rank is unknown"),
+        (("p = Softmax<axis=-1>(sm)", WINDOWS), "a mask is added where batch and heads are divided into other axes"),
     ],
 )  # fmt: skip
 def test_near_misses_say_why(rewritten, change, reason):
