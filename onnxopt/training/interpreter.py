@@ -151,7 +151,7 @@ class Interpreter:
 
     def _results(self, step: _Step, frame: _Frame) -> Sequence[Any]:
         node = step.node
-        if node.op_type == "Constant" and node.outputs[0].name in frame.parameters:
+        if node.op_type in ("Constant", "ConstantOfShape") and node.outputs[0].name in frame.parameters:
             return [frame.parameters[node.outputs[0].name or ""]]
         inputs = [None if v is None else self._value(v, frame) for v in node.inputs]
         function = self._function(node)

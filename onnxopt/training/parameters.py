@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from onnxopt.errors import UsageError
-from onnxopt.graph import all_nodes, is_op, scopes
+from onnxopt.graph import all_nodes, attribute, constant_ints, has_references, is_op, remove_unused, scopes
 from onnxopt.registry import nearest
 from onnxopt.training.values import HALF, tensor_to_torch
 
@@ -25,6 +25,7 @@ _SETTINGS: Mapping[str, tuple[int, ...]] = {
     "Where": (0,), "Equal": (0, 1), "Less": (0, 1), "Greater": (0, 1), "LessOrEqual": (0, 1),
     "GreaterOrEqual": (0, 1), "Max": (0, 1), "Min": (0, 1), "Mod": (0, 1), "ConstantOfShape": (0,), "Sin": (0,),
     "Cos": (0,), "CastLike": (1,), "RotaryEmbedding": (1, 2, 3), "Loop": (0, 1), "If": (0,),
+    "LSTM": (4, 5, 6), "GRU": (4, 5), "RNN": (4, 5),
 }
 """Inputs that say how something is computed; what is only used there is no parameter."""
 
@@ -41,6 +42,9 @@ _POSITIONS = frozenset({"Mul", "MatMul", "Einsum", "Transpose", "Concat", "Cast"
 """Between an angle's frequency and its sine."""
 # fmt: on
 
+_FORMS = ("Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Identity")
+"""Between where a weight is stored and where it is used."""
+
 _MASK = 1e4
 """A constant with larger numbers hides something, and is no weight."""
 
@@ -50,7 +54,7 @@ class Parameter:
     """A constant that can be trained.
 
     Attributes:
-        name: The name of the initializer, or of the output of the Constant node that holds it.
+        name: The name of the initializer, or of the output of the Constant or ConstantOfShape node that makes it.
         value: The value in the graph.
         tensor: What it holds.
         depth: How many layers lie behind its own on the longest way to an output: 0 for the last one.
@@ -60,6 +64,11 @@ class Parameter:
     value: ir.Value
     tensor: ir.TensorProtocol
     depth: int
+
+    @property
+    def is_made(self) -> bool:
+        """Whether a ConstantOfShape makes it in every run; trained, it is stored instead."""
+        return is_op(self.value.producer(), "ConstantOfShape")
 
     @property
     def initial(self) -> torch.Tensor:
@@ -72,13 +81,14 @@ def find_parameters(model: ir.Model) -> dict[str, Parameter]:
 
     These are its floating-point constants, unless the caller can override them, or they only say how something is
     computed: bounds, exponents, statistics of BatchNorm, masks, frequencies of positions, single numbers outside of
-    layers, and what only touches an input (its normalization).
+    layers, and what only touches an input (its normalization). What a ConstantOfShape makes counts where a layer takes
+    it for a weight.
     """
     names = _counts(model)
     found = {}
     depths = _depths(model)
     for value in _constants(model):
-        tensor = value.const_value if value.is_initializer() else _of_constant_node(value)
+        tensor = _stored(value)
         if tensor is None or value.name is None or names[value.name] > 1:
             continue
         if tensor.dtype in _FLOATS and tensor.size and _is_learnt(value, tensor):
@@ -104,14 +114,25 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
             for value in node.inputs:
                 if value is None or value in seen or value.is_graph_input():
                     continue
-                if value.is_initializer() or is_op(value.producer(), "Constant"):
+                if _is_weight(value):
                     seen.add(value)
                     yield value
 
 
-def _of_constant_node(value: ir.Value) -> ir.TensorProtocol | None:
+def _stored(value: ir.Value) -> ir.TensorProtocol | None:
+    """Return what a constant holds."""
     node = value.producer()
-    if node is None or "value" not in node.attributes or node.attributes["value"].is_ref():
+    if node is None:
+        return value.const_value
+    if has_references(node):
+        return None
+    if node.op_type == "ConstantOfShape":
+        shape, fill = constant_ints(node.inputs[0]), attribute(node, "value")
+        number = np.zeros(1, np.float32) if fill is None else fill.numpy().reshape(-1)
+        # every element is the same number in memory, until training makes a copy
+        whole = None if shape is None or min(shape, default=0) < 0 else np.broadcast_to(number[0], shape)
+        return None if whole is None else ir.tensor(whole, name=value.name)
+    if "value" not in node.attributes:
         return None
     return node.attributes["value"].as_tensor()
 
@@ -119,6 +140,8 @@ def _of_constant_node(value: ir.Value) -> ir.TensorProtocol | None:
 def _is_learnt(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
     uses = [use for use in value.uses() if not _is_setting(use.node, use.idx)]
     if not uses or value.is_graph_output():
+        return False
+    if not value.is_initializer() and is_op(value.producer(), "ConstantOfShape") and not _is_layers(value):
         return False
     if tensor.size == 1 and not any(use.node.op_type in _WEIGHTED or _follows_product(use.node) for use in uses):
         return False
@@ -128,6 +151,18 @@ def _is_learnt(value: ir.Value, tensor: ir.TensorProtocol) -> bool:
         return False
     array = np.asarray(tensor.numpy())
     return bool(np.isfinite(array).all() and np.abs(array.astype(np.float32)).max() < _MASK)
+
+
+def _is_layers(value: ir.Value) -> bool:
+    """Whether a layer takes a value for one of its weights, as it is or in another shape."""
+    for use in value.uses():
+        if use.node.op_type in _WEIGHTED and not _is_setting(use.node, use.idx):
+            return True
+        if use.node.op_type in _FORMS and use.idx == 0 and _is_layers(use.node.outputs[0]):
+            return True
+        if _follows_product(use.node):
+            return True
+    return False
 
 
 def _is_setting(node: ir.Node, index: int) -> bool:
@@ -194,11 +229,15 @@ def _made_of_constants(model: ir.Model) -> dict[ir.Value, bool]:
 
 
 def _is_weight(value: ir.Value) -> bool:
-    return value.is_initializer() or is_op(value.producer(), "Constant")
+    """Whether a value is stored, or made from stored numbers alone by one node."""
+    node = value.producer()
+    if node is None:
+        return value.is_initializer()
+    return is_op(node, "Constant") or (is_op(node, "ConstantOfShape") and constant_ints(node.inputs[0]) is not None)
 
 
 def _is_matrix(value: ir.Value) -> bool:
-    tensor = value.const_value if value.is_initializer() else _of_constant_node(value)
+    tensor = _stored(value)
     return tensor is not None and tensor.dtype in _FLOATS and len(tensor.shape) >= 2 and tensor.size > 1
 
 
@@ -232,17 +271,30 @@ def with_parameters(model: ir.Model, trained: Mapping[str, torch.Tensor | np.nda
     copy.meta.update(model.meta)
     copy.graph.meta.update(model.graph.meta)
     for value in list(_constants(copy)):
-        old = value.const_value if value.is_initializer() else _of_constant_node(value)
-        if value.name not in trained or old is None:
+        old = _stored(value) if value.name in trained else None
+        if old is None:
             continue
-        tensor = _filled(old, trained[value.name or ""])
-        if value.is_initializer():
+        tensor, node = _filled(old, trained[value.name or ""]), value.producer()
+        if node is None:
             value.const_value = tensor
-        else:
-            node = value.producer()
-            assert node is not None
+        elif node.op_type == "Constant":
             node.attributes["value"] = ir.AttrTensor("value", tensor)
+        else:
+            _store(value, node, tensor)
     return copy
+
+
+def _store(value: ir.Value, node: ir.Node, tensor: ir.TensorProtocol) -> None:
+    """Put an initializer of the same name in the place of what a node makes."""
+    graph, name = value.graph, value.name
+    assert graph is not None and not value.is_graph_output()
+    value.name = f"{name}/made"
+    stored = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
+    graph.register_initializer(stored)
+    value.replace_all_uses_with(stored)
+    remove_unused(node)
 
 
 def _filled(old: ir.TensorProtocol, new: torch.Tensor | np.ndarray) -> ir.TensorProtocol:

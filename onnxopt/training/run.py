@@ -147,6 +147,7 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         _judged(model, lesson, judging, options),
         _judged(result, lesson, judging, options),
         tuple(trained),
+        tuple(name for name, each in trained.items() if each.is_made),
         unreached,
         tuple(interpreter.outside),
         found.epochs,

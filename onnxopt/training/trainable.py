@@ -25,6 +25,7 @@ class Trainable:
     Attributes:
         name: The parameter's name.
         depth: Layers behind it.
+        is_made: Whether the graph makes it in every run instead of storing it.
         leaf: What the optimizer changes: the parameter itself, or the different values it holds.
         index: Which value each element holds; None when the leaf is the parameter itself.
         mask: Zero where elements of the leaf stay zero; None when all may change.
@@ -32,6 +33,7 @@ class Trainable:
 
     name: str
     depth: int
+    is_made: bool
     leaf: torch.Tensor
     index: torch.Tensor | None
     mask: torch.Tensor | None
@@ -60,7 +62,7 @@ def trainable(parameter: Parameter) -> Trainable:
             leaf, index = values, places
     zeros = (whole == 0).float().mean().item() if whole.ndim > 1 else 0.0
     mask = (leaf != 0).to(leaf.dtype) if LEAST_ZEROS <= zeros < 1 else None
-    return Trainable(parameter.name, parameter.depth, leaf.clone().requires_grad_(True), index, mask)
+    return Trainable(parameter.name, parameter.depth, parameter.is_made, leaf.clone().requires_grad_(True), index, mask)
 
 
 def values_of(trained: Mapping[str, Trainable]) -> dict[str, torch.Tensor]:

@@ -67,6 +67,7 @@ class Trained:
             any.
         after: How well the result does.
         trained: Names of the parameters that were trained.
+        stored: Those among them that a ConstantOfShape made in every run and that are initializers now.
         unreached: Those that were chosen and that no gradient reaches, because torch has no counterpart for a node
             behind them; they stayed.
         outside: The nodes that the runtime computed, in words.
@@ -82,6 +83,7 @@ class Trained:
     before: Score | None
     after: Score | None
     trained: tuple[str, ...]
+    stored: tuple[str, ...]
     unreached: tuple[str, ...]
     outside: tuple[str, ...]
     epochs: tuple[Epoch, ...]
@@ -115,6 +117,12 @@ class Trained:
             told.append("No samples were kept for validation, so nothing says whether the model became better.")
         if self.resumed:
             told.append(f"{count(self.resumed, 'epoch')} had been done before, as the checkpoint says.")
+        if self.stored:
+            names = ", ".join(self.stored[:3]) + (", ..." if len(self.stored) > 3 else "")
+            told.append(
+                f"{count(len(self.stored), 'parameter')} that the graph made by ConstantOfShape became initializers, "
+                f"so that the model can hold what they learnt: {names}."
+            )
         if self.unreached:
             behind = f" They lie before {', '.join(self.outside[:3])}, computed by the runtime." if self.outside else ""
             told.append(f"No gradient reaches {count(len(self.unreached), 'parameter')}, which stayed.{behind}")

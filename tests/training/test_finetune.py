@@ -230,6 +230,25 @@ def test_weights_in_constant_nodes_are_trained_too(blobs: Blobs) -> None:
     assert found.after is None and not found.is_worse
 
 
+def test_weights_that_the_graph_makes_are_stored_when_they_are_trained(blobs: Blobs, tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 4] x) => (float[batch, 2] y)
+        <int64[2] shape = {2, 4}, int64[2] other = {4, 2}, int64[1] two = {2}>
+        { flat = ConstantOfShape <value = float[1] {0.5}> (shape)  w = Reshape (flat, other)
+          b = ConstantOfShape (two)  state = ConstantOfShape <value = float[1] {0.1}> (two)
+          h = Gemm (x, w, b)  y = Mul (h, state) }"""
+    model = models.load(onnx.parser.parse_model(text))
+    assert {name: p.is_made for name, p in find_parameters(model).items()} == {"flat": True, "b": True}
+    found = finetune(model, blobs[0], blobs[1] % 2, epochs=3, validation=0, learning_rate=0.05)
+    assert found.stored == ("flat", "b") and any("became initializers" in sentence for sentence in found.sentences())
+    onnxopt.save(found.model, tmp_path / "after.onnx")
+    after = onnx.load(tmp_path / "after.onnx")
+    assert [n.op_type for n in after.graph.node] == ["Reshape", "ConstantOfShape", "Gemm", "Mul"]
+    assert {t.name for t in after.graph.initializer} == {"other", "two", "flat", "b"}
+    assert weights(found.model)["flat"].std() > 0
+    kept = finetune(model, blobs[0], blobs[1] % 2, epochs=1, validation=0, train=["b"])
+    assert kept.stored == ("b",) and "flat" not in kept.model.graph.initializers
+
+
 def refusals() -> list[Any]:
     x = np.zeros((6, 4), np.float32)
     y = np.arange(6) % 3
