@@ -44,6 +44,7 @@ Exit codes: 0 done, and OUT was written if one was named; 1 the part cannot be c
 @click.option("--nodes", metavar="GLOB", help="The nodes whose name, or the name of an output, fits.")
 @click.option("--block", metavar="N", type=click.IntRange(), help="A block, counted from 0; -1 is the last.")
 @click.option("--backbone", is_flag=True, help="Everything in front of the last pooling, or of the last linear layer.")
+@click.option("--in", "body", metavar="PATH", help="The part lies in this body of an If, Loop or Scan: node.attribute.")
 @click.option("--output", "-o", metavar="OUT", type=click.Path(), help="Where the part goes.")
 @manifest_option()
 @options.running_options
@@ -76,10 +77,10 @@ def _cut(model: str, settings: dict[str, Any]) -> Cut:
     Raises:
         UsageError: If they mean none, or more than one.
     """
-    from onnxopt.graft.cut import Backbone, Block, Nodes, Tensors
+    from onnxopt.graft.cut import Backbone, Block, Inside, Nodes, Plain, Tensors
 
     inputs, outputs = _names(settings["inputs"]), _names(settings["outputs"])
-    cuts: list[Cut] = []
+    cuts: list[Plain] = []
     if inputs or outputs:
         if not inputs or not outputs:
             raise UsageError(f"--{'to' if inputs else 'from'} is missing: a part lies between --from and --to.")
@@ -92,7 +93,7 @@ def _cut(model: str, settings: dict[str, Any]) -> Cut:
         cuts.append(Backbone())
     if len(cuts) != 1:
         raise UsageError("Give one of --from with --to, --nodes, --block and --backbone to say what is cut out.")
-    return cuts[0]
+    return cuts[0] if settings["body"] is None else Inside(cuts[0], settings["body"])
 
 
 def _names(given: tuple[str, ...]) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ A CUT is one of:
   "nodes:GLOB"   the nodes whose name, or the name of an output, fits
   "block:N"      a block, counted from 0; block:-1 is the last
   "backbone"     everything in front of the last pooling, or of the last linear layer
+  "CUT in PATH"  any of these within the body of an If, Loop or Scan, such as "block:1 in If_0.then_branch"
 
 \b
 Examples:

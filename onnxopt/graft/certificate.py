@@ -66,6 +66,8 @@ class ExtractCertificate:
         opsets: (domain, version) of the operator sets it is written in.
         sets: How many sets of inputs of the whole model were run.
         matches: Each output of the part alone against the same value inside the model.
+        body: Path of the body that was cut; empty for the main graph.
+        note: On which of the values that the body is given it was run, in words; empty for the main graph.
     """
 
     schema_version: int
@@ -81,6 +83,8 @@ class ExtractCertificate:
     opsets: tuple[tuple[str, int], ...]
     sets: int
     matches: tuple[Match, ...]
+    body: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -97,6 +101,7 @@ class ExtractCertificate:
             *(f"  out  {v.name}  {v.type}" for v in self.outputs),
             f"Certified: alone it computes what it computes inside the model, on the model's own boundary values, over "
             f"{count(self.sets, 'set')} of inputs ({agreement(self.matches)}).",
+            *_within(self.body, self.note),
         ]
 
 
@@ -159,6 +164,8 @@ class GraftCertificate:
         untouched: Outputs and boundary values in front of the graft, against the host as it was.
         changed: Outputs of the model behind the graft, and how far they moved.
         fitted: The adapters that were fitted to data.
+        body: Path of the host's body that the graft is in; empty for the main graph.
+        note: On which of the values that the body is given it was run, in words; empty for the main graph.
     """
 
     schema_version: int
@@ -181,6 +188,8 @@ class GraftCertificate:
     untouched: tuple[Match, ...]
     changed: tuple[Change, ...]
     fitted: tuple[Fitted, ...]
+    body: str = ""
+    note: str = ""
 
     @property
     def ok(self) -> bool:
@@ -208,6 +217,7 @@ class GraftCertificate:
             f"Certified: the donor's part alone computes what it computes inside the host, on the host's own boundary "
             f"values, over {count(self.sets, 'set')} of inputs ({agreement(self.slices)}). {self._around()}"
         )
+        lines += _within(self.body, self.note)
         return lines
 
     def _around(self) -> str:
@@ -215,6 +225,10 @@ class GraftCertificate:
         if self.changed:
             behind = f"Behind the graft: {', '.join(map(_moved, self.changed))}."
         return f"What does not depend on it is as it was ({agreement(self.untouched)}). {behind}"
+
+
+def _within(body: str, note: str) -> list[str]:
+    return [f"It lies in the body {body}, which was run alone on what it is given there: {note}."] if body else []
 
 
 def _nodes(pair: tuple[int, int]) -> str:

@@ -4,6 +4,7 @@
     nodes       "nodes:/layer3/*"  the nodes whose name, or the name of an output, fits
     blocks      "block:3"       the fourth of the model's blocks, counted from 0
     backbone    "backbone"      everything in front of the last pooling, or of the last linear layer
+    in a body   "block:3 in If_0.then_branch"  any of these, within the body of an If, Loop or Scan
 
 A part is closed: with everything that its nodes and the bodies they carry read, except for the values at its
 boundary. What depends on no input of the model (constants, and what is computed from them) belongs to the part.
@@ -67,7 +68,21 @@ class Backbone:
         return "backbone"
 
 
-Cut = Tensors | Nodes | Block | Backbone
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inside:
+    """A cut within the body of a node: its path is "node.attribute", several joined by "/"."""
+
+    cut: Plain
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.cut}{WITHIN}{self.path}"
+
+
+Plain = Tensors | Nodes | Block | Backbone
+Cut = Plain | Inside
+WITHIN = " in "
+"""What stands between a cut and the path of the body that it lies in."""
 
 
 def parse_cut(text: str) -> Cut:
@@ -76,7 +91,11 @@ def parse_cut(text: str) -> Cut:
     Raises:
         UsageError: If it is none.
     """
-    text = text.strip()
+    rest, within, path = text.strip().rpartition(WITHIN)
+    return Inside(_parse_plain(rest.strip()), path.strip()) if within else _parse_plain(path)
+
+
+def _parse_plain(text: str) -> Plain:
     if text == "backbone":
         return Backbone()
     kind, colon, rest = text.partition(":")
@@ -91,7 +110,8 @@ def parse_cut(text: str) -> Cut:
     inputs, outputs = (tuple(filter(None, (n.strip() for n in side.split(",")))) for side in (before, after))
     if not arrow or not inputs or not outputs:
         raise UsageError(
-            f'"{text}" is no cut; write "a,b->c" with the names of tensors, "nodes:GLOB", "block:N" or "backbone".'
+            f'"{text}" is no cut; write "a,b->c" with the names of tensors, "nodes:GLOB", "block:N" or "backbone", '
+            'with " in PATH" behind it for one in the body of a node.'
         )
     return Tensors(inputs, outputs)
 
@@ -152,7 +172,9 @@ class Flow:
             inner = (*scope.graph.inputs, *(v for node in scope.graph for v in node.outputs))
             if scope.path and any(v.name == name for v in inner):
                 raise RefusedError(
-                    "nested", f'"{name}" lies inside {scope.path}; cut at values of the main graph around it.'
+                    "nested",
+                    f'"{name}" lies inside {scope.path}; a cut lies in one graph, and not in a function: name values '
+                    f"of that body alone and what it reads, or values around it.",
                 )
         raise UsageError(
             f'The model computes no tensor "{name}".{nearest(name, list(self._values))} `onnxopt inspect` lists inputs '
@@ -230,9 +252,14 @@ def reads(node: ir.Node) -> list[ir.Value]:
 
 def captured(node: ir.Node) -> list[ir.Value]:
     """Return the values from outside of them that the bodies of a node read, each once and in order."""
+    return captured_by(body for _, body in bodies(node))
+
+
+def captured_by(nested: Iterable[ir.Graph]) -> list[ir.Value]:
+    """Return the values from outside of them that graphs read, each once and in order."""
     inside: set[ir.Value] = set()
     read: dict[ir.Value, None] = {}
-    graphs = [body for _, body in bodies(node)]
+    graphs = list(nested)
     while graphs:
         graph = graphs.pop()
         inside.update(graph.inputs)
@@ -241,6 +268,7 @@ def captured(node: ir.Node) -> list[ir.Value]:
             inside.update(inner.outputs)
             read.update((v, None) for v in inner.inputs if v is not None)
             graphs.extend(body for _, body in bodies(inner))
+        read.update((v, None) for v in graph.outputs)
     return [v for v in read if v not in inside]
 
 
@@ -257,6 +285,8 @@ def resolve(model: ir.Model, cut: Cut, flow: Flow | None = None) -> Part:
         RefusedError: If the part cannot be cut out.
     """
     flow = flow or Flow(model)
+    if isinstance(cut, Inside):
+        raise RefusedError("nested", f"The cut {cut} lies in a body, which is to be opened first.")
     if isinstance(cut, Tensors):
         part = _tensors(flow, cut)
     elif isinstance(cut, Nodes):

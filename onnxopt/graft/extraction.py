@@ -15,6 +15,7 @@ from onnxopt.contract import Progress, Silent
 from onnxopt.feeds import Data, load_data
 from onnxopt.graft.certificate import SCHEMA_VERSION, ExtractCertificate, files_of, typed
 from onnxopt.graft.cut import Cut, Part, parse_cut, resolve
+from onnxopt.graft.nested import locate, opened, with_advice
 from onnxopt.graft.probe import Match, Probe, find_feeds, matches, run
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.slicing import Types, forget_sizes, standalone
@@ -53,7 +54,8 @@ def extract(
 
     Args:
         model: The model; it is not changed.
-        cut: "a,b->c" from tensors to tensors, "nodes:GLOB", "block:N" or "backbone"; see `onnxopt.graft.cut`.
+        cut: "a,b->c" from tensors to tensors, "nodes:GLOB", "block:N" or "backbone", with " in PATH" behind it for one
+            within a body; see `onnxopt.graft.cut`.
         data: Real inputs of the model to prove it on, instead of generated ones.
         seed: Seeds generated inputs.
         shape: Sizes of dynamic axes for generated inputs.
@@ -70,13 +72,22 @@ def extract(
     progress = progress or Silent()
     progress.stage("cutting")
     source = models.load(model)
-    part = resolve(source, parse_cut(cut) if isinstance(cut, str) else cut)
+    place, inner = locate(source, parse_cut(cut) if isinstance(cut, str) else cut)
+    if not place.path:
+        resolve(source, inner)
     options = options or RunOptions()
     samples = load_data(data, source) if isinstance(data, (str, os.PathLike)) else data
     progress.stage("running the model")
     probe = Probe(source, find_feeds(source, samples, options, seed=seed, shape=shape), options)
+    body = opened(source, place, probe)
+    if place.path:
+        probe = Probe(body.model, body.feeds, options)
+    part = resolve(body.model, inner)
     progress.stage("comparing")
-    alone, proof = take_out(part, Types(source, probe), probe)
+    try:
+        alone, proof = take_out(part, Types(body.model, probe), probe)
+    except RefusedError as refused:
+        raise with_advice(body, refused) from refused
     certificate = ExtractCertificate(
         SCHEMA_VERSION,
         "extract",
@@ -91,6 +102,8 @@ def extract(
         opsets=tuple((domain or "ai.onnx", version) for domain, version in alone.opset_imports.items()),
         sets=len(probe.feeds),
         matches=proof,
+        body=place.path,
+        note=body.note,
     )
     return Extraction(alone, certificate)
 

@@ -11,12 +11,14 @@ import onnx_ir as ir
 from onnxopt.compare.structure import checker_complaint, checker_level
 from onnxopt.graft.certificate import SCHEMA_VERSION, Fitted, GraftCertificate, files_of
 from onnxopt.graft.cut import Flow
+from onnxopt.graft.nested import Place
 from onnxopt.graft.probe import Match, Probe, distance, matches, run
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.request import Request
 from onnxopt.graft.slicing import forget_sizes
 from onnxopt.graft.splice import Copy
 from onnxopt.graft.wiring import Wiring
+from onnxopt.graph import all_nodes
 
 _LEVELS = ("none", "basic", "full")
 
@@ -95,6 +97,56 @@ def certify(request: Request, outcome: Outcome, before: Probe) -> GraftCertifica
         untouched=rest,
         changed=tuple(distance(name, was, inside) for name in changed),
         fitted=outcome.fitted,
+    )
+
+
+def certify_body(
+    request: Request,
+    result: ir.Model,
+    place: Place,
+    note: str,
+    body: GraftCertificate,
+    opsets: tuple[tuple[str, str], ...],
+    before: Probe,
+) -> GraftCertificate:
+    """Prove a model in whose body something was grafted.
+
+    Args:
+        request: What was wanted.
+        result: The model.
+        place: Where the body is.
+        note: On which values it was run.
+        body: The proof for the body alone.
+        opsets: How the host's operator set was converted.
+        before: Runs the host as it was.
+
+    Raises:
+        RefusedError: If anything changed that does not depend on the body.
+    """
+    complaint = checker_complaint(result, min(map(checker_level, (request.host, request.donor)), key=_LEVELS.index))
+    if complaint:
+        raise RefusedError("not reproduced", f"The ONNX checker rejects the result: {complaint}")
+    carrier = list(result.graph)[place.steps[0][0]]
+    downstream = {v for node in Flow(result).after(carrier.outputs) for v in node.outputs} | set(carrier.outputs)
+    untouched = [v.name or "" for v in result.graph.outputs if v not in downstream]
+    changed = [v.name or "" for v in result.graph.outputs if v in downstream]
+    after = Probe(result, before.feeds, request.options).values([*untouched, *changed])
+    was = before.values([*untouched, *changed])
+    rest = _same(request.host, was, {name: name for name in untouched}, after)
+    wrong = next((m for m in rest if not m.ok), None)
+    if wrong is not None:
+        raise RefusedError("not reproduced", f"What does not depend on the graft changed: {wrong.note}.")
+    return dataclasses.replace(
+        body,
+        host=files_of(request.host),
+        donor=files_of(request.donor),
+        replaced=request.place,
+        opsets=(*opsets, *body.opsets),
+        nodes=(sum(1 for _ in all_nodes(request.host)), sum(1 for _ in all_nodes(result))),
+        untouched=(*body.untouched, *rest),
+        changed=tuple(distance(name, was, after) for name in changed),
+        body=place.path,
+        note=note,
     )
 
 

@@ -27,7 +27,7 @@ Reason = Literal[
 
 - open cut: the part needs values besides those that are named;
 - empty cut: nothing lies between the boundaries;
-- nested: a boundary lies inside the body of an If, Loop or Scan, or in a function;
+- nested: boundaries lie in different bodies of If, Loop and Scan, or in a function;
 - no block: the model has no such block;
 - no backbone: no pooling and no linear layer was found in front of the outputs;
 - unknown type: the element type of a boundary value is told by nothing;

@@ -17,7 +17,11 @@ Consent = Literal["allow", "none"] | Callable[[Sequence[str]], bool]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is wanted; see `graft`."""
+    """What is wanted; see `graft`.
+
+    Attributes:
+        fixed: Whether outputs of the host keep their types: where it is a body, nodes behind it read them.
+    """
 
     host: ir.Model
     donor: ir.Model
@@ -27,6 +31,7 @@ class Request:
     repeat: int
     consent: Consent
     options: RunOptions
+    fixed: bool = False
 
     @property
     def place(self) -> str:

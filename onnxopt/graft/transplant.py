@@ -14,12 +14,13 @@ from onnxopt.errors import ModelError, UsageError
 from onnxopt.feeds import Data, Feed, load_data
 from onnxopt.graft.axes import rename_axes, unify
 from onnxopt.graft.certificate import Fitted, GraftCertificate
-from onnxopt.graft.cut import Cut, Flow, Part, parse_cut, resolve
+from onnxopt.graft.cut import WITHIN, Cut, Flow, Inside, Part, Plain, Tensors, parse_cut, resolve
 from onnxopt.graft.extraction import Source
 from onnxopt.graft.fitting import fit
 from onnxopt.graft.interface import FITTED
+from onnxopt.graft.nested import Place, locate, opened, put_back, with_advice
 from onnxopt.graft.probe import Probe, Values, find_feeds, matches, outputs_of
-from onnxopt.graft.proof import Outcome, certify
+from onnxopt.graft.proof import Outcome, certify, certify_body
 from onnxopt.graft.reasons import RefusedError
 from onnxopt.graft.request import Consent, Request
 from onnxopt.graft.slicing import Types, standalone
@@ -108,7 +109,87 @@ def graft(
     samples = load_data(data, request.host) if isinstance(data, (str, os.PathLike)) else data
     progress.stage("running the host")
     feeds = find_feeds(request.host, samples, request.options, seed=seed, shape=shape)
-    return Grafting(request, Probe(request.host, feeds, request.options), samples, progress).run()
+    return carry_out(request, Probe(request.host, feeds, request.options), samples, progress)
+
+
+def carry_out(request: Request, before: Probe, samples: Data | None, progress: Progress) -> Grafted:
+    """Carry out a graft, in the main graphs or in bodies.
+
+    Args:
+        request: What is wanted.
+        before: Runs the host.
+        samples: What adapters are fitted to.
+        progress: Told what is being done.
+
+    Raises:
+        UsageError: If a cut means nothing in its model.
+        RefusedError: If it cannot be done, or not proven.
+    """
+    source, take = locate(request.donor, request.take)
+    donor = opened(request.donor, source).model if source.path else request.donor
+    request = dataclasses.replace(request, donor=donor, take=take)
+    place, inner = locate(request.host, _wanted(request))
+    if not place.path:
+        return Grafting(request, before, samples, progress).run()
+    return _in_body(request, inner, place, before, progress)
+
+
+def _wanted(request: Request) -> Cut:
+    """Return what is replaced, or the tensor behind which something is inserted, as a cut."""
+    if request.after is None:
+        assert request.replace is not None, "one of both is given"
+        return request.replace
+    name, within, path = request.after.rpartition(WITHIN)
+    behind = Tensors((name or path,), (name or path,))
+    return Inside(behind, path) if within else behind
+
+
+def _in_body(request: Request, inner: Plain, place: Place, before: Probe, progress: Progress) -> Grafted:
+    """Carry out a graft in a body of the host, and put the body back.
+
+    Raises:
+        RefusedError: If it cannot be done, or not proven.
+    """
+    host, converted = raised(request, before)
+    # Raising the operator set may add nodes in front of the one that carries the body.
+    place, _ = locate(host, Inside(inner, place.path))
+    body = opened(host, place, Probe(host, before.feeds, request.options))
+    replaced = dataclasses.replace(
+        request,
+        host=body.model,
+        replace=inner if request.after is None else None,
+        after=inner.outputs[0] if request.after is not None and isinstance(inner, Tensors) else None,
+        fixed=True,
+    )
+    try:
+        done = Grafting(replaced, Probe(body.model, body.feeds, request.options), None, progress).run()
+    except RefusedError as refused:
+        raise with_advice(body, refused) from refused
+    result = put_back(host, place, done.model)
+    return Grafted(result, certify_body(request, result, place, body.note, done.certificate, converted, before))
+
+
+def raised(request: Request, before: Probe) -> tuple[ir.Model, tuple[tuple[str, str], ...]]:
+    """Return a copy of the host, in the donor's version of the standard operator set if that is newer, and the change.
+
+    Raises:
+        RefusedError: If it cannot be converted, or computes something else then.
+    """
+    host, opset = request.host, _opset(request.donor)
+    result = host.clone()
+    result.meta.update(host.meta)
+    if not 0 < _opset(host) < opset:
+        return result, ()
+    try:
+        result = models.convert_opset(result, opset)
+    except ModelError as error:
+        raise RefusedError("opset", str(error)) from error
+    found = outputs_of(Probe(result, before.feeds, request.options))
+    names = {v.name or "": v.name or "" for v in host.graph.outputs}
+    for match in matches(host, outputs_of(before), found, names):
+        if not match.ok:
+            raise RefusedError("opset", f"Converting the host to opset {opset} changes it: {match.note}.")
+    return result, (("host", f"it was converted from opset {_opset(host)} to {opset}, which the donor is in"),)
 
 
 class Grafting:
@@ -135,7 +216,8 @@ class Grafting:
         request = self._request
         donor_part = resolve(request.donor, request.take)
         self._progress.stage("grafting")
-        result = self._raised_host(_opset(request.donor))
+        result, converted = raised(request, self._before)
+        self._opsets.extend(converted)
         host_part = self._host_part(result)
         host_types, donor_types = Types(result), Types(request.donor)
         wiring = wire(
@@ -149,6 +231,7 @@ class Grafting:
                 take=request.take,
                 same_model=_same_model(request.host, request.donor),
                 values=self._values,
+                fixed=request.fixed,
             )
         )
         self._ask(wiring)
@@ -162,25 +245,6 @@ class Grafting:
         return Grafted(result, certify(request, outcome, self._before))
 
     # Before anything is put in -------------------------------------------------------------------------------
-
-    def _raised_host(self, opset: int) -> ir.Model:
-        """Return a copy of the host, in the donor's version of the standard operator set if that is newer."""
-        host = self._request.host
-        result = host.clone()
-        result.meta.update(host.meta)
-        if not 0 < _opset(host) < opset:
-            return result
-        try:
-            result = models.convert_opset(result, opset)
-        except ModelError as error:
-            raise RefusedError("opset", str(error)) from error
-        found = outputs_of(Probe(result, self._feeds, self._request.options))
-        names = {v.name or "": v.name or "" for v in host.graph.outputs}
-        for match in matches(host, outputs_of(self._before), found, names):
-            if not match.ok:
-                raise RefusedError("opset", f"Converting the host to opset {opset} changes it: {match.note}.")
-        self._opsets.append(("host", f"it was converted from opset {_opset(host)} to {opset}, which the donor is in"))
-        return result
 
     def _converted(self, part: ir.Model, opset: int) -> ir.Model:
         """Return the donor's part in the host's version of the standard operator set."""

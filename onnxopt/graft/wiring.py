@@ -96,6 +96,7 @@ class Plan:
         take: The cut that the donor's part comes from.
         same_model: Whether host and donor are the same model.
         values: Returns boundary values of both.
+        fixed: Whether outputs of the host keep their types.
     """
 
     host: Part
@@ -107,6 +108,7 @@ class Plan:
     take: Cut
     same_model: bool
     values: ValuesOf
+    fixed: bool = False
 
     @property
     def first(self) -> bool:
@@ -144,7 +146,7 @@ def wire(plan: Plan) -> Wiring:
         outputs, kept = pair_outputs(host_out, donor_out)
     inside = set(host.nodes)
     free = tuple(
-        v.is_graph_output() and all(u.node in inside for u in v.uses()) and plan.replace is not None
+        v.is_graph_output() and all(u.node in inside for u in v.uses()) and plan.replace is not None and not plan.fixed
         for v in host.outputs
     )
     return Wiring(
