@@ -231,21 +231,22 @@ def _groups(axes: tuple[Axis, ...], labels: Ints, reasons: Ints, sinks: list[Sin
         return ()
     axis_of = np.repeat(np.arange(len(axes)), [axis.size for axis in axes])
     free = np.flatnonzero(reasons < 0)
-    pairs, counts = np.unique(np.stack([labels[free], axis_of[free]], axis=1), axis=0, return_counts=True)
-    roots, starts = np.unique(pairs[:, 0], return_index=True)
+    keys, counts = np.unique(labels[free] * len(axes) + axis_of[free], return_counts=True)
+    units, touching = np.divmod(keys, len(axes))
+    roots, starts = np.unique(units, return_index=True)
     # Units of equal sets of axes, and equally many indexes on each, have equal sums of these random numbers.
     draw = np.random.default_rng(0).integers(1, 2**62, size=len(axes), dtype=np.int64)
     with np.errstate(over="ignore"):
-        signature = np.add.reduceat(draw[pairs[:, 1]] * counts, starts) if len(roots) else roots
+        signature = np.add.reduceat(draw[touching] * counts, starts) if len(roots) else roots
     members: dict[int, list[int]] = defaultdict(list)
     for place, key in enumerate(signature.tolist()):
         members[key].append(place)
-    bounds = np.append(starts, len(pairs))
+    bounds = np.append(starts, len(keys))
     summed = {(sink.node.inputs[sink.index], sink.axis) for sink in sinks}
     found = []
     for places in members.values():
         first = places[0]
-        touched = [axes[i] for i in pairs[bounds[first] : bounds[first + 1], 1]]
+        touched = [axes[i] for i in touching[bounds[first] : bounds[first + 1]]]
         group = _group(touched, roots[places], labels, summed)
         if group is not None:
             found.append(group)

@@ -246,7 +246,7 @@ class Builder:
                 None,
             )
             if way is None:
-                everything = np.unique(_joined([x for w in ways for x in (w.left, w.right, w.frozen)]))
+                everything = _joined([x for w in ways for x in (w.left, w.right, w.frozen)])
                 partition.merge(as_ints([]), as_ints([]), everything, reason)
             else:
                 partition.merge(way.left, way.right, way.frozen, reason)

@@ -49,7 +49,9 @@ class Partition:
     def __init__(self, labels: Ints, reasons: Ints) -> None:
         """Take sets as `components` returns them, and the reasons of the numbers themselves."""
         self._first = labels  # the sets at the start; what is merged later maps their names, which are far fewer
-        self._names, self._dense = np.unique(labels, return_inverse=True)
+        named = labels == np.arange(len(labels))
+        self._names: Ints = np.flatnonzero(named)
+        self._dense: Ints = (np.cumsum(named) - 1)[labels]
         self._root: Ints = np.arange(len(self._names), dtype=np.int64)
         self._reasons: Ints = np.full(len(self._names), -1, np.int64)
         frozen = np.flatnonzero(reasons >= 0)[::-1]  # of several reasons the first written one stays
@@ -66,30 +68,38 @@ class Partition:
 
     def free_after(self, left: Ints, right: Ints, frozen: Ints, of: Ints) -> int:
         """Return into how many sets that are not frozen `of` would fall, were the pairs merged and `frozen` frozen."""
-        involved, merged, reasons = self._merged(left, right, frozen, 0, of)
-        found = merged[np.searchsorted(involved, self._root[self._dense[of]])]
-        return len(np.unique(found[reasons[found] < 0]))
+        place, merged, reasons = self._merged(left, right, frozen, 0, of)[1:]
+        found = merged[place[self._roots(of)]]
+        return int(np.count_nonzero(np.bincount(found[reasons[found] < 0], minlength=1)))
 
     def merge(self, left: Ints, right: Ints, frozen: Ints, reason: int) -> None:
         """Merge the pairs and freeze the sets of some numbers for a reason."""
-        involved, merged, reasons = self._merged(left, right, frozen, reason, frozen)
+        involved, _, merged, reasons = self._merged(left, right, frozen, reason, frozen)
         moved: Ints = np.arange(len(self._root), dtype=np.int64)
         moved[involved] = involved[merged]
         self._reasons[involved] = reasons[merged]
         self._root = moved[self._root]
 
-    def _merged(self, left: Ints, right: Ints, frozen: Ints, reason: int, also: Ints) -> tuple[Ints, Ints, Ints]:
-        """Return the roots that take part, for each of them which of them it falls to, and their reasons by place."""
-        a, b, c, d = (self._root[self._dense[numbers]] for numbers in (left, right, frozen, also))
-        involved = np.unique(np.concatenate([a, b, c, d]))
-        merged = components(len(involved), np.searchsorted(involved, a), np.searchsorted(involved, b))
+    def _roots(self, numbers: Ints) -> Ints:
+        return self._root[self._dense[numbers]]
+
+    def _merged(self, left: Ints, right: Ints, frozen: Ints, reason: int, also: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+        """Return the roots that take part, each root's place among them, the place each falls to, and their reasons."""
+        a, b, c, d = (self._roots(numbers) for numbers in (left, right, frozen, also))
+        taking = np.zeros(len(self._root), bool)
+        for roots in (a, b, c, d):
+            taking[roots] = True
+        involved = np.flatnonzero(taking)
+        place: Ints = np.empty(len(self._root), np.int64)
+        place[involved] = np.arange(len(involved))
+        merged = components(len(involved), place[a], place[b])
         own = self._reasons[involved].copy()
-        fresh = np.searchsorted(involved, c)
+        fresh = place[c]
         own[fresh] = np.where(own[fresh] < 0, reason, own[fresh])
         reasons: Ints = np.full(len(involved), -1, np.int64)
         order = np.flatnonzero(own >= 0)[::-1]
         reasons[merged[order]] = own[order]
-        return involved, merged, reasons
+        return involved, place, merged, reasons
 
 
 def as_ints(array: Any) -> Ints:
