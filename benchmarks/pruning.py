@@ -15,8 +15,8 @@ import time
 from pathlib import Path
 
 import onnxopt
+from onnxopt.coupling.goals import elements
 from onnxopt.errors import OnnxOptError
-from onnxopt.graph import all_nodes, constant_tensor
 
 ROOT = Path(__file__).parent.parent
 
@@ -42,19 +42,13 @@ def line(path: Path, ratio: float, latency: bool) -> str:
     except OnnxOptError as error:
         return f"| {path.stem} | {error} |"
     (report,) = result.report.passes[:1]
-    gone = 1 - parameters(result.model) / parameters(onnxopt.load(path))
+    gone = 1 - elements(result.model) / elements(onnxopt.load(path))
     measured = result.report.measurement
     ratio_text = "-" if measured is None else f"{measured.ratio:.3f}"
     cells = [path.stem, f"{gone:.1%}", len(report.applied), len(report.dropped), ratio_text]
     for dropped in report.dropped:
         print(f"  {path.stem}: {dropped.site}: {dropped.reason}")
     return f"| {' | '.join(map(str, cells))} | {time.perf_counter() - start:.1f} |"
-
-
-def parameters(model: onnxopt.Model) -> int:
-    """Return how many elements the constants have."""
-    values = [*model.graph.initializers.values(), *(node.outputs[0] for node in all_nodes(model) if node.outputs)]
-    return sum(tensor.size for value in values if (tensor := constant_tensor(value)) is not None)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import attribute, constant_array, constant_ints, has_references, is_op
+from onnxopt.graph import attribute, constant_array, constant_ints, has_references, is_op, scopes
 from onnxopt.rewrite import Builder
 
 STORED_BYTES = 2048
@@ -32,6 +33,13 @@ def fill(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
         return None
     element = np.zeros((), np.float32) if number is None else number.numpy().reshape(())
     return np.broadcast_to(element, shape)
+
+
+def filled_elements(model: ir.Model, *, but: Collection[ir.DataType] = ()) -> int:
+    """Return how many elements ConstantOfShape nodes of constant shapes make, except those of some types."""
+    nodes = (node for scope in scopes(model) for node in scope.graph if is_op(node, "ConstantOfShape"))
+    arrays = (array for node in nodes if (array := fill(node.outputs[0])) is not None)
+    return sum(array.size for array in arrays if ir.DataType.from_numpy(array.dtype) not in but)
 
 
 def constant_or_fill(value: ir.Value | None) -> np.ndarray[Any, Any] | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import onnx
 import onnx_ir as ir
 
+from onnxopt.analysis.fills import filled_elements
 from onnxopt.analysis.flops import Flops, count
 from onnxopt.analysis.size import model_size
 from onnxopt.analysis.weights import dtype_name
@@ -28,7 +29,8 @@ class ModelStats:
     Attributes:
         nodes: Nodes, those of nested graphs and functions included.
         parameters: Elements of all constants but the int32, int64, bool and string ones, which hold shapes and
-            indices. A constant that several nodes use counts once.
+            indices. A constant that several nodes use counts once; one that a node fills with one number counts as if
+            it were stored.
         bytes: What the model takes in files: the .onnx file and its data files.
         initializer_bytes: What of that are elements of initializers.
     """
@@ -158,6 +160,7 @@ def summary_stats(model: ir.Model) -> ModelStats:
     size = model_size(model)
     shared = {_identity(tensor): tensor for tensor in size.constants}
     parameters = sum(tensor.size for tensor in shared.values() if tensor.dtype not in _INDEX_TYPES)
+    parameters += filled_elements(model, but=_INDEX_TYPES)
     return ModelStats(size.nodes, parameters, size.bytes, size.initializer_bytes)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import onnx_ir as ir
 
+from onnxopt.analysis.fills import filled_elements
 from onnxopt.contract import Timed
 from onnxopt.coupling.analysis import Coupling, Group, analyse
 from onnxopt.coupling.partition import Ints
@@ -21,11 +22,11 @@ Keep = Callable[[Group, float], int]
 
 
 def elements(model: ir.Model) -> int:
-    """Return how many elements the constants of a model have."""
+    """Return how many elements the constants of a model have, with those that nodes fill with one number."""
     initializers = (value for scope in _graphs(model) for value in scope.initializers.values())
     outputs = (output for node in all_nodes(model) for output in node.outputs)
     tensors = (constant_tensor(value) for value in (*initializers, *outputs))
-    return sum(tensor.size for tensor in tensors if tensor is not None)
+    return sum(tensor.size for tensor in tensors if tensor is not None) + filled_elements(model)
 
 
 def _graphs(model: ir.Model) -> Iterable[ir.Graph]:

@@ -15,9 +15,9 @@ from onnxopt.coupling.analysis import Coupling, Group, analyse
 from onnxopt.coupling.goals import elements, ratio_for_elements, ratio_for_time
 from onnxopt.coupling.importance import Scores, magnitude
 from onnxopt.coupling.partition import Ints
+from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important
-from onnxopt.coupling.sharing import copy_apart, shared_vectors
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
 from onnxopt.repair.targets import repair_all
@@ -101,11 +101,8 @@ class PruneChannels(GraphPass):
         """Yield one edit per group of channels that go together, and the layers that must stay as they are."""
         original = copied(model)
         coupling = analyse(model, ctx.shapes)
-        shared = shared_vectors(model)
-        if shared and _gains(model, coupling):
-            site = Site(self.name, "", shared[0].name or "")
-            summary = f"small constants that nodes share ({len(shared)}): a copy for each, to be cut on its own"
-            yield Edit(site, summary, functools.partial(copy_apart, model, shared))
+        for value, summary, apply in preparations(model, coupling, ctx.evaluate):
+            yield Edit(Site(self.name, "", value.name or ""), summary, apply)
             coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
         scores = self._scores(model, coupling, ctx)
@@ -183,10 +180,3 @@ class PruneChannels(GraphPass):
             reason = coupling.frozen(value, sink.axis)
             if reason is not None:
                 yield Refusal(Site(self.name, paths[value.graph], value.name or ""), f"its inputs stay: {reason}")
-
-
-def _gains(model: ir.Model, coupling: Coupling) -> bool:
-    """Whether more could be removed if nodes did not share small constants."""
-    apart = model.clone()
-    copy_apart(apart, shared_vectors(apart))
-    return sum(group.parameters for group in analyse(apart).groups) > sum(g.parameters for g in coupling.groups)

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
 from onnxopt.coupling.analysis import Group, analyse
 from onnxopt.coupling.likeness import Plan, inseparable, plans, sum_up
+from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept
 from onnxopt.errors import UsageError
@@ -60,6 +61,9 @@ class MergeChannels(GraphPass):
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together."""
         coupling = analyse(model, ctx.shapes)
+        for value, summary, apply in preparations(model, coupling, ctx.evaluate):
+            yield Edit(Site(self.name, "", value.name or ""), summary, apply)
+            coupling = analyse(model, ctx.shapes)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         sites = {group.name: Site(self.name, paths[group.makers[0].graph], group.name) for group in coupling.groups}
         counts = {group.name: group.units - self._keep(group) for group in coupling.groups}
