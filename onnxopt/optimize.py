@@ -96,7 +96,8 @@ def optimize(
         seed: Seeds generated inputs, sampling and bootstrap.
         max_error: Budget of lossy passes: worst deviation of an output relative to its range. `inf` for none.
         max_drop: Budget of lossy passes: largest drop of the metric, as a fraction (0.005 is half a point).
-        metric: "top1", "cosine", "mse", "spearman" or "module:function". By default what fits labels and outputs.
+        metric: "top1", "ctc", "cosine", "mse", "spearman" or "module:function". By default what fits labels and
+            outputs.
         labels: Path of an .npy or .npz, or an array: one label per sample of `data`.
         shape: Sizes of dynamic axes to run with, by axis name.
         fix_shape: Sizes of dynamic axes to write into the model.

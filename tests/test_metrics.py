@@ -13,8 +13,13 @@ import pytest
 
 from onnxopt.errors import DataError, OnnxOptError, UsageError
 from onnxopt.metrics import MetricResult, classes, evaluate, spearman
+from onnxopt.metrics.sequences import distance, steps
 
 metrics = importlib.import_module("onnxopt.metrics")
+evaluation = importlib.import_module("onnxopt.metrics.evaluation")
+held = importlib.import_module("onnxopt.metrics.outputs")
+intervals = importlib.import_module("onnxopt.metrics.intervals")
+ranks = importlib.import_module("onnxopt.metrics.ranks")
 
 
 def model(body: str, weights: str = "", inputs: str = "float[1, 3] x", outputs: str = "float[A, B] y") -> ir.Model:
@@ -228,9 +233,9 @@ def test_spearman_needs_samples_of_one_shape_and_three_of_them(monkeypatch: pyte
         evaluate(SAME, SAME, one_hot([0, 1]), None, "spearman")
     with pytest.raises(DataError, match="one shape"):
         evaluate(free, free, [{"x": np.ones((1, n), np.float32)} for n in (2, 3, 4)], None, "spearman")
-    monkeypatch.setattr(metrics, "MOST_PAIRED", 3)
+    monkeypatch.setattr(ranks, "MOST_PAIRED", 3)
     assert evaluate(SAME, SAME, one_hot(LABELS), None, "spearman").samples == 8
-    monkeypatch.setattr(metrics, "KEPT_BYTES", 100)
+    monkeypatch.setattr(held, "KEPT_BYTES", 100)
     with pytest.raises(DataError, match="fewer samples"):
         evaluate(SAME, SAME, one_hot(LABELS), None, "spearman")
 
@@ -270,7 +275,7 @@ def test_custom_functions_are_found_in_the_current_folder() -> None:
 
 @pytest.mark.usefixtures("custom")
 def test_a_slow_custom_function_has_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "RESAMPLING_SECONDS", 0.0)
+    monkeypatch.setattr(intervals, "RESAMPLING_SECONDS", 0.0)
     found = evaluate(SAME, shifted(0.5), one_hot(LABELS), None, "my_metrics_for_test:mean")
     assert (found.low, found.high) == (-math.inf, math.inf)
     assert not found.is_certain(100.0)
@@ -311,22 +316,23 @@ def test_budgets() -> None:
 # ---------------------------------------------------------------------------------------------------- several candidates
 
 
-@pytest.mark.parametrize("metric", ["top1", "cosine", "mse", "spearman"])
+@pytest.mark.parametrize("metric", ["top1", "ctc", "cosine", "mse", "spearman"])
 @pytest.mark.parametrize("room", [0, 40, 1 << 20])
 def test_the_original_runs_once_for_all_candidates(metric: str, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs beyond the memory for them are computed again."""
     rng = np.random.default_rng(0)
     data = [{"x": rng.standard_normal((1, 3)).astype(np.float32)} for _ in range(12)]
     candidates = [shifted(0.5), shifted(1.0)]
+    monkeypatch.setattr(intervals, "RESAMPLING_SECONDS", 1e3)  # so that the machine's load changes no interval
     alone = [evaluate(SAME, c, data, None, metric) for c in candidates]
     opened: list[ir.Model] = []
-    session = metrics.open_session
+    session = evaluation.open_session
 
     def counting(model: ir.Model, *args: Any, **options: Any) -> Any:
         opened.append(model)
         return session(model, *args, **options)
 
-    monkeypatch.setattr(metrics, "open_session", counting)
+    monkeypatch.setattr(evaluation, "open_session", counting)
     evaluator = metrics.Evaluator(SAME, data, None, metric, kept_bytes=room)
     assert [evaluator.evaluate(c) for c in candidates] == alone
     assert len(opened) == (3 if room > 1000 else 4)
@@ -383,3 +389,95 @@ def test_the_metric_that_fits_is_chosen_and_says_why() -> None:
     assert metrics.choose(scores, np.array([[0.5]]))[0] == "cosine"
     with pytest.raises(DataError, match="no floating-point output"):
         metrics.choose(model("y = ArgMax(x)", outputs="int64[1, 3] y"), None)
+
+
+# ---------------------------------------------------------------------------------------------------- ctc
+
+
+def said(text: str, classes: str = "-abc") -> dict[str, np.ndarray]:
+    """Return outputs that say a class per step, most likely first in its row."""
+    return {"y": np.eye(len(classes), dtype=np.float32)[[classes.index(c) for c in text]][None]}
+
+
+def labels(*texts: str, classes: str = "-abc") -> np.ndarray:
+    longest = max(map(len, texts))
+    return np.array([[classes.index(c) for c in t] + [-1] * (longest - len(t)) for t in texts])
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "edits"),
+    [("", "", 0), ("abc", "abc", 0), ("abc", "", 3), ("abc", "ac", 1), ("abc", "xbcd", 2), ("kitten", "sitting", 3)],
+)
+def test_the_distance_counts_insertions_deletions_and_replacements(one: str, two: str, edits: int) -> None:
+    assert distance([*map(ord, one)], [*map(ord, two)]) == distance([*map(ord, two)], [*map(ord, one)]) == edits
+
+
+def test_repeats_and_blanks_are_no_symbols() -> None:
+    """Other steps than the original's may spell the same; top1 would count them as wrong."""
+    reference = [said("-aa--ab-"), said("--------"), said("---c----")]
+    candidate = [said("aaa-aab-"), said("--------"), said("---cc---")]
+    found = metrics.compare(reference, candidate, None, "ctc")
+    assert (found.baseline, found.candidate, found.drop) == (1.0, 1.0, 0.0)
+    assert found.low < 0 < found.high, "three samples prove little"
+    assert metrics.compare(reference, candidate, None, "top1").drop > 0
+
+
+def test_errors_are_a_share_of_all_symbols() -> None:
+    reference = [said("-a-b-c-a-"), said("-a-------")]
+    candidate = [said("-a-b-b-a-"), said("---------")]
+    found = metrics.compare(reference, candidate, None, "ctc")
+    assert found.drop == pytest.approx(2 / 5)
+    assert found.candidate == pytest.approx(3 / 5)
+
+
+def test_the_blank_may_be_the_last_class() -> None:
+    reference, candidate = [said("##a#b##a#", "abc#")], [said("##aa##baa", "abc#")]
+    assert metrics.compare(reference, candidate, None, "ctc").drop == pytest.approx(0)
+    # a blank of 0 would be dropped, and the a of class 0 with it
+    assert metrics.compare(reference, [said("####b####", "abc#")], None, "ctc").drop == pytest.approx(2 / 3)
+
+
+def test_ctc_with_labels_compares_both_models_with_them() -> None:
+    reference, candidate = [said("-a-b-c"), said("-a----")], [said("-a-b--"), said("-a-b--")]
+    found = metrics.compare(reference, candidate, labels("abc", "ab"), "ctc")
+    assert found.labelled
+    assert (found.baseline, found.candidate) == pytest.approx((4 / 5, 4 / 5))
+    assert found.drop == 0
+
+
+def test_time_may_come_first() -> None:
+    along = said("-a-b-c")["y"].transpose(1, 0, 2)
+    assert [row.tolist() for row in steps(along)] == [[0, 1, 0, 2, 0, 3]]
+
+
+def test_rare_errors_are_not_taken_for_rarer_than_they_may_be() -> None:
+    one = [said("-a-b-c-a-b-")] * 100
+    found = metrics.compare(one, one, None, "ctc")
+    assert found.high == pytest.approx(3.0 / 500)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "label", "reason"),
+    [
+        ({"y": np.zeros((2, 3, 4, 5), np.float32)}, None, "along its last two axes"),
+        (said("-a-b"), np.array([[0.5, 1.0]]), "labels of whole numbers"),
+    ],
+)
+def test_what_does_not_fit_ctc(outputs: dict[str, np.ndarray], label: np.ndarray | None, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        metrics.compare([outputs], [outputs], label, "ctc")
+
+
+def test_a_reader_is_judged_by_what_it_reads() -> None:
+    image, scores = "float[n, 3, 48, w] x", "float[n, t, 40] y"
+    body = "p = ReduceMean <axes = [2], keepdims = 0> (x) q = Transpose <perm = [0, 2, 1]> (p) m = MatMul(q, w) "
+    weights = "float[3, 40] w"
+    reader = model(f"{body} y = Softmax(m)", weights, image, scores)
+    why = "the only output holds a Softmax of many classes step by step, as that of a reader does"
+    assert metrics.choose(reader, None) == ("ctc", why)
+    assert metrics.choose(reader, labels("abc", "ab")) == ("ctc", why)
+    assert metrics.choose(reader, np.array([1, 2]))[0] == "top1"
+    few = model(f"{body} y = Softmax(m)", "float[3, 4] w", image, "float[n, t, 4] y")
+    words = model("e = Gather(t, x) y = Softmax(e)", "float[9, 40] t", "int64[n, s] x", "float[n, s, 40] y")
+    detector = model(f"{body} y = Softmax(m) z = Relu(m)", weights, image, f"{scores}, float[n, t, 40] z")
+    assert [metrics.choose(m, None)[0] for m in (few, words, detector)] == ["top1"] * 3

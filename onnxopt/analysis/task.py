@@ -12,6 +12,11 @@ _PASSED = ("Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Dr
 
 _LINEAR = ("Gemm", "MatMul")
 
+_SOFTMAX = ("Softmax", "LogSoftmax")
+
+_FEWEST_SYMBOLS = 10
+"""Scores of fewer classes are hardly those of digits or letters."""
+
 
 def class_scores(model: ir.Model) -> str | None:
     """Return the operator that makes the main output scores of classes, or None where it holds something else.
@@ -25,13 +30,30 @@ def class_scores(model: ir.Model) -> str | None:
     node = _behind(value, *_PASSED)
     if node is None:
         return None
-    if is_op(node, "Softmax", "LogSoftmax"):
+    if is_op(node, *_SOFTMAX):
         return node.op_type if _along_the_last(node) else None
     if _spelled_out(node):
         return "Softmax"
     if is_op(node, "Add"):
         node = next((v.producer() for v in node.inputs if v is not None and is_op(v.producer(), "MatMul")), None)
     return node.op_type if node is not None and is_op(node, *_LINEAR) else None
+
+
+def reads_sequences(model: ir.Model) -> bool:
+    """Return whether the model looks like a reader of text or speech, trained by connectionist temporal classification.
+
+    Such a one makes a Softmax over many classes, step by step, out of pictures or sound, and nothing else: detectors
+    have boxes besides, language models start from words.
+    """
+    value = main_output(model)
+    if class_scores(model) not in _SOFTMAX or value is None or len(model.graph.outputs) > 1:
+        return False
+    if value.shape is None or len(value.shape) != 3:
+        return False
+    symbols = value.shape[-1]
+    fed = [v for v in model.graph.inputs if not v.is_initializer()]
+    seen = all(v.dtype in FLOATS and v.shape is not None and len(v.shape) > 2 for v in fed)
+    return seen and isinstance(symbols, int) and symbols >= _FEWEST_SYMBOLS
 
 
 def main_output(model: ir.Model) -> ir.Value | None:

@@ -38,6 +38,10 @@ class Limits:
         return NEGLIGIBLE * limit if limit is not None else math.inf
 
 
+COUNTED = ("top1", "ctc")
+"""Metrics whose losses are counted as rare events."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Speed:
     """Time by the original's time, with its 95% interval; `precise` after more than a first look."""
@@ -133,15 +137,15 @@ class Verdict:
 def reach(metric: str, tests: int) -> float:
     """Return how much farther the ends of 95% intervals must lie for so many of them to hold together.
 
-    The error that is allowed is shared out among the tests. For top1 what limits most is how many losses were seen,
-    rare events: where none was, 3.0 = ln 20 were to be expected, and ln(20 * tests) for several. Other metrics are
-    taken to be normally distributed. A two-sided interval already allows two tests of one side.
+    The error that is allowed is shared out among the tests. For top1 and ctc what limits most is how many losses were
+    seen, rare events: where none was, 3.0 = ln 20 were to be expected, and ln(20 * tests) for several. Other metrics
+    are taken to be normally distributed. A two-sided interval already allows two tests of one side.
 
     Args:
         metric: Name of the metric.
         tests: How many intervals.
     """
-    if metric == "top1":
+    if metric in COUNTED:
         return math.log(20 * tests) / math.log(20)
     normal = statistics.NormalDist()
     return max(1.0, normal.inv_cdf(1 - 0.05 / tests) / normal.inv_cdf(0.975))
@@ -252,7 +256,7 @@ def needed_samples(metric: MetricResult, max_drop: float, reach: float = 1.0) ->
     factor = half / room
     if factor > BEYOND_REACH:
         return None
-    wanted = metric.samples * (factor if metric.drop == 0 and metric.name == "top1" else factor**2)
+    wanted = metric.samples * (factor if metric.drop == 0 and metric.name in COUNTED else factor**2)
     digits = max(0, math.floor(math.log10(max(wanted, 1))) - 1)
     return int(math.ceil(wanted / 10**digits) * 10**digits)
 
@@ -320,10 +324,11 @@ def _victory(winner: Record, tied: Sequence[Record], limits: Limits, objective: 
     good = _good(tied, limits)
     if len(good) == 1:
         return f"{like}, it costs least quality"
+    equal = " and as good" if math.isfinite(limits.negligible) else ", however good"
     largest = max(r.bytes or 0 for r in good)
     if objective == "latency" and largest > (winner.bytes or 0) * (1 + SAME_SIZE):
-        return f"{like} and as good, it is the smallest"
-    return f"{like} and as good, it measured fastest"
+        return f"{like}{equal}, it is the smallest"
+    return f"{like}{equal}, it measured fastest"
 
 
 def _second(record: Record, winner: Record, limits: Limits, objective: Objective) -> str:

@@ -8,7 +8,7 @@ import click
 
 from onnxopt.cli.options.values import Choice, F, Fraction, PipelineText, Sizes, decorated, names, recipe_names
 
-METRICS = ["top1", "cosine", "mse", "spearman"]
+METRICS = ["top1", "ctc", "cosine", "mse", "spearman"]
 
 
 def passes_option(text: str, *, required: bool = False) -> Callable[[F], F]:
@@ -47,8 +47,8 @@ def metric_option() -> Callable[[F], F]:
     return click.option(
         "--metric",
         type=Choice("NAME|MODULE:FUNCTION", names(*METRICS)),
-        help="What --max-drop is about: top1, cosine, mse, spearman, or a function. By default what fits labels and "
-        "outputs.",
+        help="What --max-drop is about: top1, ctc, cosine, mse, spearman, or a function. By default what fits labels "
+        "and outputs.",
     )
 
 
