@@ -14,6 +14,7 @@ LAYERS = [
     {"graph", "registry", "numeric", "probe", "proto"},
     {"rewrite", "instantiate", "analysis", "pipeline"},
     {"coupling", "repair", "qdq"},
+    {"allocation"},
     {"passes", "session", "runtime"},
     {"model", "external", "opset", "fix_shape", "unite", "inputs", "feeds"},
     {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
@@ -37,6 +38,7 @@ PASSES_MAY = {
     "numeric",
     "coupling",
     "repair",
+    "allocation",
     "qdq",
 }
 

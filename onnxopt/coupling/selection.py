@@ -32,6 +32,14 @@ def kept(group: Group, ratio: float, multiple: int, least: int) -> int:
     return max(1, round(wanted)) if group.span > 1 else rounded(wanted, group.units, multiple, least)
 
 
+def widths(group: Group, multiple: int, least: int) -> tuple[int, ...]:
+    """Return how many units of a group may stay when some go, ascending; see `kept`."""
+    if group.span > 1:
+        return tuple(range(1, group.units))
+    found = {rounded(wanted, group.units, multiple, least) for wanted in range(1, group.units)}
+    return tuple(sorted(width for width in found if width < group.units))
+
+
 def least_important(scores: Scores, count: int) -> Ints:
     """Return the places of the lowest scores, the first ones of equals, in ascending order."""
     return np.sort(np.argsort(scores, kind="stable")[:count])

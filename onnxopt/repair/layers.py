@@ -51,6 +51,7 @@ class Layer:
         outputs: Output channels of a group.
         takes_bias: Whether it has a bias or can be given one without another operator.
         rows: (input, output, positions) -> the inputs at some positions of the output, (rows, groups, inputs).
+        weight: Returns what its inputs are multiplied by, (groups, outputs, inputs).
         replace: Adds a change to weight and bias.
     """
 
@@ -63,6 +64,7 @@ class Layer:
     outputs: int
     takes_bias: bool
     rows: Callable[[Array, tuple[int, ...], Array], Array]
+    weight: Callable[[], Array]
     replace: Callable[[Change, Names], None]
 
     @property
@@ -118,12 +120,17 @@ def _matrix(found: Product, shapes: Shapes) -> Layer | str:
     def rows(x: Array, _: tuple[int, ...], positions: Array) -> Array:
         return x.reshape(-1, 1, x.shape[-1])[positions]
 
+    def weight() -> Array:
+        stored = found.tensor.numpy() * found.alpha
+        return (stored if found.transposed else stored.T)[None]
+
     def replace(change: Change, names: Names) -> None:
         _replace_matrix(found, change, names)
 
     bias = found.bias
     takes_bias = is_op(found.node, "Gemm") if bias is None else bias.factor != 0
-    return Layer(found.node, found.scope, found.x, rank - 1, 1, found.rows, found.columns, takes_bias, rows, replace)
+    size = (1, found.rows, found.columns)
+    return Layer(found.node, found.scope, found.x, rank - 1, *size, takes_bias, rows, weight, replace)
 
 
 def _unfit(tensor: ir.TensorProtocol, inputs: int, owned: bool) -> str:
@@ -198,7 +205,18 @@ def _convolution(node: ir.Node, scope: Scope) -> Layer | str | None:
             moved = added.numpy().astype(np.float64) + change.bias.reshape(-1)
             _replace(node, bias, moved.astype(stored.dtype), scope, names)
 
-    return Layer(node, scope, x, 1, groups, inputs, outputs, takes_bias, rows, replace)
+    def read_weight() -> Array:
+        return _from_stored(tensor.numpy(), groups, transposed)
+
+    return Layer(node, scope, x, 1, groups, inputs, outputs, takes_bias, rows, read_weight, replace)
+
+
+def _from_stored(stored: Array, groups: int, transposed: bool) -> Array:
+    """Return the weight of a Conv or a ConvTranspose in shape (groups, outputs, inputs)."""
+    if not transposed:
+        return stored.reshape(groups, len(stored) // groups, -1)
+    depth, outputs = len(stored) // groups, stored.shape[1]
+    return np.swapaxes(stored.reshape(groups, depth, outputs, -1), 1, 2).reshape(groups, outputs, -1)
 
 
 def _as_stored(weight: Array, shape: tuple[int, ...], transposed: bool) -> Array:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
+from onnxopt.allocation.plan import Allocation, Share
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
 from onnxopt.coupling.activity import activation, observe
 from onnxopt.coupling.analysis import Coupling, Group, analyse
@@ -17,7 +18,7 @@ from onnxopt.coupling.importance import Scores, magnitude
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
-from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important
+from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important, widths
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
 from onnxopt.repair.targets import repair_all
@@ -37,14 +38,17 @@ class PruneChannels(GraphPass):
     other, by least squares and without labels.
 
     Attributes:
-        ratio: The part of the channels of each layer that goes, above 0 and below 1; 0.5 when nothing is given.
+        ratio: The part of the channels that goes, above 0 and below 1; 0.5 when nothing is given. Of each layer, or
+            with importance "loss" of all layers together.
         params: In place of ratio: at most this part of all parameters is left, above 0 and below 1.
         latency: In place of ratio: the result takes at most this part of the original's time, above 0 and below 1.
-            Found by timing models of which a sixteenth, two sixteenths and so on of the channels are gone.
+            Found by timing models of which more and more is gone.
         multiple: What is left of a layer is a multiple of this where the layer is wide enough, because kernels
             compute that many channels at once; of halves of it where it is narrower. From 1 to 1024.
         importance: What makes a channel important. "magnitude": the norm of all that it consists of. "activation": what
-            it brings into the layers behind it, by the variance that it has on the data.
+            it brings into the layers behind it, by the variance that it has on the data. "loss": what the layers behind
+            it lose when it is gone and the other channels make up for it. Then each layer becomes as narrow as costs
+            the model's outputs least, for what the goal counts: channels, parameters, or multiplications for latency.
         min_channels: No layer gets narrower than this. Layers of whole blocks, such as heads, may go down to one.
         repair: Whether to fit the layers that are left.
     """
@@ -57,7 +61,7 @@ class PruneChannels(GraphPass):
     params: float | None = None
     latency: float | None = None
     multiple: int = 8
-    importance: Literal["magnitude", "activation"] = "magnitude"
+    importance: Literal["magnitude", "activation", "loss"] = "magnitude"
     min_channels: int = 4
     repair: bool = True
 
@@ -76,20 +80,20 @@ class PruneChannels(GraphPass):
                 raise UsageError(f"prune-channels: {name} is {goals[name]}; use a number above 0 and below 1.")
         if not 1 <= self.multiple <= MAX_MULTIPLE:
             raise UsageError(f"prune-channels: multiple is {self.multiple}; use 1 to {MAX_MULTIPLE}.")
-        if self.importance not in ("magnitude", "activation"):
-            raise UsageError(f'prune-channels: importance is "{self.importance}"; use magnitude or activation.')
+        if self.importance not in ("magnitude", "activation", "loss"):
+            raise UsageError(f'prune-channels: importance is "{self.importance}"; use magnitude, activation or loss.')
         if self.min_channels < 1:
             raise UsageError(f"prune-channels: min_channels is {self.min_channels}; use 1 or more.")
 
     def wants_data(self) -> bool:
         """Return whether data says what is important, or what is left is fitted."""
-        return self.repair or self.importance == "activation"
+        return self.repair or self.importance != "magnitude"
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why the pass does not apply."""
         if self.latency is not None and ctx.timed is None:
             return "latency needs models to be run, which --no-measure and --no-verify together turn off"
-        return NEEDS_DATA if self.importance == "activation" and ctx.calibration is None else None
+        return NEEDS_DATA if self.importance != "magnitude" and ctx.calibration is None else None
 
     def caveat(self) -> str:
         """Say that accuracy is to be repaired."""
@@ -105,23 +109,21 @@ class PruneChannels(GraphPass):
             yield Edit(Site(self.name, "", value.name or ""), summary, apply)
             coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
-        scores = self._scores(model, coupling, ctx)
-        ratio = self._ratio(model, coupling, ctx, scores)
-        if isinstance(ratio, Refusal):
-            yield ratio
+        shares = self._shares(model, coupling, ctx)
+        if isinstance(shares, Refusal):
+            yield shares
             return
         removal = Removal(model, coupling)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         for group in coupling.groups:
-            site = Site(self.name, paths[group.makers[0].graph], group.name)
-            keep = self._keep(group, ratio)
-            if keep >= group.units:
-                yield Refusal(site, f"its {group.units} {group.noun} are too few to remove any")
+            site, gone = Site(self.name, paths[group.makers[0].graph], group.name), shares[group.name].gone
+            keep = group.units - len(gone)
+            if not len(gone):
+                yield Refusal(site, self._untouched(group))
                 continue
-            gone = least_important(scores(group), group.units - keep)
             yield Edit(
                 site,
-                f"{group.units} to {keep} {group.noun}",
+                f"{group.units} to {keep} {group.noun}{shares[group.name]}",
                 functools.partial(removal.remove, group.roots[gone]),
                 (Width(group.name, group.units, keep),),
                 removal.zeroed,
@@ -145,28 +147,67 @@ class PruneChannels(GraphPass):
         """Return how many units of a group stay."""
         return kept(group, ratio, self.multiple, self.min_channels)
 
-    def _ratio(
-        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
-    ) -> float | Refusal:
-        """Return which part of the channels of each layer goes, or why the goal cannot be reached."""
+    def _untouched(self, group: Group) -> str:
+        """Say why nothing of a group goes."""
+        if self.importance == "loss" and widths(group, self.multiple, self.min_channels):
+            return "its channels are worth more than those of other layers"
+        return f"its {group.units} {group.noun} are too few to remove any"
+
+    def _shares(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Mapping[str, Share] | Refusal:
+        """Return what goes of each group, by its name, or why the goal cannot be reached."""
         site = Site(self.name, "", model.graph.name or "")
+        scores = self._scores(model, coupling, ctx)
+        choose = self._allocated if self.importance == "loss" else self._uniform
+        found = choose(model, coupling, ctx, scores)
+        if found is not None:
+            return found
+        if self.params is not None:
+            return Refusal(site, f"even the least that may stay is more than {self.params:.0%} of the parameters")
+        if self.latency is not None:
+            return Refusal(site, f"even with the least that may stay it takes more than {self.latency:.0%} of the time")
+        return Refusal(site, f"not even with the least that may stay {self._wanted:.0%} of the channels are gone")
+
+    @property
+    def _wanted(self) -> float:
+        return DEFAULT_RATIO if self.ratio is None else self.ratio
+
+    def _allocated(
+        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
+    ) -> Mapping[str, Share] | None:
+        """Return what goes of each group so that the outputs lose least."""
+        found = Allocation(model, coupling, ctx, lambda g: widths(g, self.multiple, self.min_channels), scores)
+        if self.params is not None:
+            return found.for_elements(self.params)
+        if self.latency is not None:
+            return found.for_time(self.latency, f"{self} of {elements(model)}")
+        return found.for_ratio(self._wanted)
+
+    def _uniform(
+        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
+    ) -> Mapping[str, Share] | None:
+        """Return what goes when each group loses the same part."""
+        ranked = [(group, scores(group)) for group in coupling.groups]
+
+        def shares(ratio: float) -> dict[str, Share]:
+            return {
+                group.name: Share(least_important(own, group.units - self._keep(group, ratio))) for group, own in ranked
+            }
+
         total = elements(model)
         if self.params is not None:
             found = ratio_for_elements(coupling, total, self.params, self._keep)
-            reason = f"even the least that may stay is more than {self.params:.0%} of the parameters"
         elif self.latency is not None:
             assert ctx.timed is not None, "skip_reason looked"
-            ranked = [(group, scores(group)) for group in coupling.groups]
 
             def choose(ratio: float) -> Iterator[Ints]:
-                for group, own in ranked:
-                    yield group.roots[least_important(own, group.units - self._keep(group, ratio))]
+                gone = shares(ratio)
+                for group in coupling.groups:
+                    yield group.roots[gone[group.name].gone]
 
             found = ratio_for_time(model, self.latency, ctx.timed, f"{self} of {total}", choose)
-            reason = f"even with the least that may stay it takes more than {self.latency:.0%} of the time"
         else:
-            return DEFAULT_RATIO if self.ratio is None else self.ratio
-        return Refusal(site, reason) if found is None else found
+            found = self._wanted
+        return None if found is None else shares(found)
 
     def _refusals(self, model: ir.Model, coupling: Coupling) -> Iterator[Refusal]:
         """Yield the weights whose input channels must all stay, and why."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import ClassVar
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.blocks import Block, residual_blocks
@@ -16,9 +15,8 @@ from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Re
 from onnxopt.errors import UsageError
 from onnxopt.graph import bodies, copied, remove_unused, replace_value
 from onnxopt.repair.fit import repair
+from onnxopt.repair.outputs import FLOATS, OutputError
 from onnxopt.repair.targets import targets
-
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,30 +166,3 @@ def _leave_out(model: ir.Model, start: str, end: str) -> None:
     assert producer is not None, "nodes compute it"
     replace_value(old, new)
     remove_unused(producer)
-
-
-class OutputError:
-    """Observes how far outputs of a changed model are from the original's. An `onnxopt.contract.JointObserver`.
-
-    Attributes:
-        reference: The outputs.
-        changed: The same.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        """Observe the named outputs."""
-        self.reference = self.changed = tuple(names)
-        self._lost, self._power = np.zeros(len(names)), np.zeros(len(names))
-
-    def add(self, reference: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> None:
-        """Take in the outputs for a sample."""
-        for index, (wanted, got) in enumerate(zip(reference, changed, strict=True)):
-            wanted = wanted.astype(np.float64)
-            self._lost[index] += np.square(wanted - got).sum()
-            self._power[index] += np.square(wanted).sum()
-
-    @property
-    def error(self) -> float:
-        """Root of the lost part of the power, averaged over the outputs; NaN or infinity when an output was."""
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return float(np.sqrt(self._lost / np.maximum(self._power, np.finfo(np.float64).tiny)).mean())

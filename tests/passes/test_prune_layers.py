@@ -13,7 +13,8 @@ from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
 from onnxopt.contract import NEEDS_DATA, Context, Edit
 from onnxopt.errors import UsageError
-from onnxopt.passes.prune.layers import OutputError, PruneLayers
+from onnxopt.passes.prune.layers import PruneLayers
+from onnxopt.repair.outputs import OutputError
 from onnxopt.runtime import RunOptions, open_session
 
 SIZE, BLOCKS = 16, 4

@@ -1,0 +1,254 @@
+"""The linear layers that sum up the units of a group, and what data say about their inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxopt.contract import Calibration
+from onnxopt.coupling.activity import multiplied
+from onnxopt.coupling.analysis import Coupling, Group, Member
+from onnxopt.coupling.partition import Ints
+from onnxopt.graph import is_op, scopes
+from onnxopt.numeric.elimination import Consumer
+from onnxopt.numeric.gram import Gram
+from onnxopt.numeric.least_squares import PORTION, Change
+from onnxopt.repair.layers import Layer, read
+
+Array = npt.NDArray[Any]
+
+MOMENT_BYTES = 1 << 30
+"""Memory for what is seen of layers in one run of the data."""
+MOST_INPUTS = 4608
+"""Groups with a consumer of more inputs are judged without one: inverting its covariance would take minutes."""
+LEAST_ROWS, ROWS = 4096, 8
+"""Positions that are looked at: at least so many, and so many per channel."""
+SEEN = 2
+"""Positions per input that must have been seen before inputs are fitted to one another freely."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outlet:
+    """A layer behind a group.
+
+    Attributes:
+        layer: The layer.
+        axis: The axis of its input that holds the channels.
+        units: (channels,) the unit that each channel that a group of it takes belongs to; -1 for none.
+    """
+
+    layer: Layer
+    axis: int
+    units: Ints
+
+    @property
+    def place(self) -> tuple[str, int]:
+        """Name of its input, and the axis."""
+        return self.layer.x.name or "", self.axis
+
+    @property
+    def size(self) -> int:
+        """Channels of its input."""
+        return self.layer.groups * len(self.units)
+
+    @property
+    def places(self) -> Ints:
+        """(units, span): where the channels of each unit are."""
+        return np.stack([np.flatnonzero(self.units == unit) for unit in range(int(self.units.max()) + 1)])
+
+
+def outlets(model: ir.Model, coupling: Coupling) -> Mapping[str, tuple[Outlet, ...]]:
+    """Return the layers behind each group; none for a group of which not all can be read as linear layers."""
+    scope = next(iter(scopes(model)))
+    layers: dict[ir.Node, Layer | str | None] = {}
+    users: dict[tuple[ir.Value, int], list[Layer | str | None]] = {}
+    for sink in coupling.sinks:
+        value, place = sink.node.inputs[sink.index], multiplied(sink)
+        if value is None:
+            continue
+        inside = place is not None and sink.node.graph is model.graph
+        if sink.node not in layers:
+            layers[sink.node] = read(sink.node, scope, coupling.shapes) if inside else "it is not in the main graph"
+        users.setdefault((value, sink.axis), []).append(layers[sink.node])
+    found = {}
+    for group in coupling.groups:
+        members = [member for member in group.members if member.consumes]
+        own = [_outlet(users.get((m.value, m.axis), []), m, group) for m in members]
+        found[group.name] = tuple(o for o in own if o is not None) if all(own) else ()
+    return found
+
+
+def _outlet(layers: Sequence[Layer | str | None], member: Member, group: Group) -> Outlet | None:
+    """Return how the one layer of a weight takes the units of a group, or None where it cannot be told."""
+    layer = layers[0] if len(layers) == 1 else None
+    if not isinstance(layer, Layer):
+        return None
+    convolution = is_op(layer.node, "Conv", "ConvTranspose")
+    if is_op(layer.node, "ConvTranspose") and layer.groups != 1:
+        return None
+    if layer.groups * len(member.units) > MOST_INPUTS or layer.inputs % len(member.units):
+        return None
+    counts = np.bincount(member.units[member.units >= 0], minlength=group.units)
+    even = (counts == counts[0]).all() and counts[0]
+    return Outlet(layer, 1 if convolution else layer.axis, member.units) if even else None
+
+
+class Inputs:
+    """Observes the products of the channels of a value at some of its positions. An `onnxopt.contract.Observer`."""
+
+    def __init__(self, size: int, axis: int, samples: int, seed: int) -> None:
+        """Start from nothing.
+
+        Args:
+            size: Channels.
+            axis: Their axis.
+            samples: How many arrays there will be.
+            seed: Seeds which positions are looked at.
+        """
+        self._gram = Gram(size, dtype=np.float64)
+        self._waiting: list[Array] = []
+        self._axis = axis
+        self._rows = math.ceil(max(LEAST_ROWS, ROWS * size) / max(1, samples))
+        self._rng = np.random.default_rng(seed)
+
+    def add(self, array: Array) -> None:
+        """Take in an array."""
+        rows = np.moveaxis(array, self._axis, -1).reshape(-1, array.shape[self._axis])
+        if len(rows) > self._rows:
+            rows = rows[self._rng.permutation(len(rows))[: self._rows]]
+        self._waiting.append(np.array(rows, np.float32))
+        # With few rows, adding up large matrices takes longer than multiplying.
+        if sum(map(len, self._waiting)) >= PORTION:
+            self._add_waiting()
+
+    @property
+    def gram(self) -> Gram:
+        """The products."""
+        self._add_waiting()
+        return self._gram
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            self._gram.add(np.concatenate(self._waiting))
+            self._waiting = []
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seen:
+    """What data say about a group.
+
+    Attributes:
+        group: The group.
+        outlets: The layers behind it; none where nothing usable was seen.
+        problems: The same as problems of least squares.
+    """
+
+    group: Group
+    outlets: tuple[Outlet, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """A layer behind a group, as a problem of least squares over the channels that it takes.
+
+    What a kernel sees of a channel at one offset is made up for by other channels at this offset. Where fewer positions
+    were seen than the layer has inputs, the same holds for the places within a unit, as behind a Flatten.
+
+    Attributes:
+        consumer: The problem.
+        means: (groups, channels) of the inputs.
+        aligned: Whether places within units were taken for positions.
+    """
+
+    consumer: Consumer
+    means: Array
+    aligned: bool
+
+    @classmethod
+    def of(cls, outlet: Outlet, gram: Gram) -> Problem:
+        """Make the problem of a layer from the products of its inputs."""
+        layer, channels = outlet.layer, len(outlet.units)
+        blocks = [slice(group * channels, (group + 1) * channels) for group in range(layer.groups)]
+        means = np.stack([gram.mean[b] for b in blocks])
+        products = np.stack([gram.total[b, b] for b in blocks]) / gram.count
+        if layer.takes_bias:
+            products = products - means[:, :, None] * means[:, None, :]
+        weight: Array = layer.weight().reshape(layer.groups, layer.outputs, channels, -1)
+        weight = np.moveaxis(weight, -1, 2).reshape(layer.groups, -1, channels)
+        places = outlet.places
+        aligned = gram.count < SEEN * channels and places.shape[1] > 1 and (outlet.units >= 0).all()
+        units = outlet.units
+        if aligned:
+            products = products[:, places[:, None, :], places[None, :, :]].mean(axis=-1)
+            weight = np.moveaxis(weight[:, :, places], -1, 2).reshape(layer.groups, -1, len(places))
+            units = np.arange(len(places))
+        return cls(Consumer(products, weight, units), means, bool(aligned))
+
+    def change(self, outlet: Outlet, weight: Array) -> Change:
+        """Return what to add to a layer so that it has the weight of its problem, and the same mean output."""
+        layer, channels = outlet.layer, len(outlet.units)
+        moved: Array = weight - self.consumer.weight
+        if self.aligned:
+            units, span = outlet.places.shape
+            apart = np.moveaxis(moved.reshape(layer.groups, -1, span, units), 2, -1)
+            moved = np.zeros((layer.groups, apart.shape[1], channels))
+            moved[:, :, outlet.places] = apart
+        means = np.einsum("goc,gc->go", moved, self.means).reshape(layer.groups, layer.outputs, -1).sum(axis=-1)
+        moved = np.moveaxis(moved.reshape(layer.groups, layer.outputs, -1, channels), 2, -1)
+        return Change(moved.reshape(layer.groups, layer.outputs, -1), -means)
+
+
+def observe(
+    model: ir.Model,
+    groups: Sequence[Group],
+    found: Mapping[str, tuple[Outlet, ...]],
+    calibration: Calibration,
+    seed: int,
+) -> Iterator[Seen]:
+    """Yield what the inputs of the layers behind groups look like, with bounded memory.
+
+    Args:
+        model: The model that was analysed; it is not changed.
+        groups: The groups.
+        found: The layers behind them.
+        calibration: The data.
+        seed: Seeds which positions are looked at.
+    """
+    portion: list[Group] = []
+    sizes: dict[tuple[str, int], int] = {}
+    for group in groups:
+        own = {outlet.place: outlet.size for outlet in found[group.name]}
+        if sizes and sum(8 * size**2 for size in (sizes | own).values()) > MOMENT_BYTES:
+            yield from _seen(model, portion, sizes, found, calibration, seed)
+            portion, sizes = [], {}
+        portion.append(group)
+        sizes |= own
+    yield from _seen(model, portion, sizes, found, calibration, seed)
+
+
+def _seen(
+    model: ir.Model,
+    portion: Sequence[Group],
+    sizes: Mapping[tuple[str, int], int],
+    found: Mapping[str, tuple[Outlet, ...]],
+    calibration: Calibration,
+    seed: int,
+) -> Iterator[Seen]:
+    observers = {place: Inputs(size, place[1], calibration.samples, seed) for place, size in sizes.items()}
+    named: dict[str, list[Inputs]] = {}
+    for (name, _), observer in observers.items():
+        named.setdefault(name, []).append(observer)
+    calibration.observe(model, named)
+    for group in portion:
+        own = found[group.name]
+        grams = [observers[outlet.place].gram for outlet in own]
+        if not all(gram.usable for gram in grams):
+            own, grams = (), []
+        yield Seen(group, own, tuple(Problem.of(o, g) for o, g in zip(own, grams, strict=True)))

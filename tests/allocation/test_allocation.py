@@ -1,0 +1,233 @@
+"""Which groups become how narrow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from onnxopt import manager
+from onnxopt.allocation import costs
+from onnxopt.allocation.consumers import observe, outlets
+from onnxopt.allocation.costs import Costs, Term
+from onnxopt.allocation.damage import curves
+from onnxopt.allocation.greedy import path
+from onnxopt.analysis.shapes import Shapes
+from onnxopt.calibrate.collector import calibration
+from onnxopt.contract import Context, Edit, Refusal
+from onnxopt.coupling.analysis import analyse
+from onnxopt.coupling.goals import removed
+from onnxopt.coupling.importance import magnitude
+from onnxopt.model import load
+from onnxopt.passes.prune.channels import PruneChannels
+from onnxopt.pipeline import Pipeline
+from onnxopt.runtime import RunOptions, evaluate_node, open_session
+
+MODELS = Path(__file__).parents[2] / "models"
+
+
+def declare(text: str, **arrays: np.ndarray) -> ir.Model:
+    proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> agraph {text}')
+    for name, array in arrays.items():
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    return ir.from_proto(proto)
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def context(model: ir.Model, *shape: int, count: int = 16, **options: object) -> Context:
+    feeds = [{"x": random(*shape, seed=i)} for i in range(count)]
+    return Context(
+        target="portable",
+        seed=0,
+        evaluate=evaluate_node,
+        shapes=Shapes(model),
+        calibration=calibration(feeds, real=True),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def two_layers() -> ir.Model:
+    """Two hidden layers: half of the first one's neurons are copies of the others, the second needs all of its own."""
+    first = random(8, 16)
+    return declare(
+        "(float[9,8] x) => (float[9,4] y) { a = Gemm(x, u, b) r = Relu(a) c = Gemm(r, v) s = Relu(c) y = Gemm(s, w) }",
+        u=np.concatenate([first, first], axis=1),
+        b=np.ones(32, np.float32),
+        v=random(32, 32, seed=1),
+        w=random(32, 4, seed=2),
+    )
+
+
+def edits(model: ir.Model, ctx: Context, **options: object) -> dict[str, str]:
+    found = PruneChannels(importance="loss", multiple=1, min_channels=1, **options).run(model, ctx)  # type: ignore[arg-type]
+    made = {}
+    for item in found:
+        if isinstance(item, Edit):
+            item.apply()
+            if not item.repairs:
+                made[item.site.output] = item.summary
+    return made
+
+
+def test_the_layer_whose_neurons_can_be_made_up_for_becomes_narrower() -> None:
+    model = two_layers()
+    made = edits(model, context(model, 9, 8), ratio=0.25)
+    assert list(made) == ["u"]
+    assert made["u"].startswith("32 to 16 channels, outputs expected to move by ")
+    left = model.graph.initializers["u"].const_value
+    assert left is not None
+    assert len({tuple(column) for column in left.numpy().T.tolist()}) == 16  # one of each pair
+
+
+def test_what_is_not_worth_its_channels_is_said() -> None:
+    model = two_layers()
+    refusals = [
+        i.reason
+        for i in PruneChannels(importance="loss", ratio=0.2).run(model, context(model, 9, 8))
+        if isinstance(i, Refusal)
+    ]
+    assert "its channels are worth more than those of other layers" in refusals
+
+
+def test_a_goal_that_is_out_of_reach_is_refused() -> None:
+    model = two_layers()
+    *_, last = PruneChannels(importance="loss", ratio=0.9, min_channels=16).run(model, context(model, 9, 8))
+    assert isinstance(last, Refusal)
+    assert last.reason == "not even with the least that may stay 90% of the channels are gone"
+
+
+def test_a_part_of_the_parameters_and_of_the_time() -> None:
+    model = two_layers()
+    sizes = sum(v.const_value.size for v in model.graph.initializers.values())  # type: ignore[union-attr]
+
+    def share(made: ir.Model) -> float:
+        return sum(v.const_value.size for v in made.graph.initializers.values()) / sizes  # type: ignore[union-attr]
+
+    by_size, by_time = model.clone(), model.clone()
+    assert edits(by_size, context(by_size, 9, 8), params=0.5, repair=False)
+    assert 0.4 < share(by_size) <= 0.5
+    asked: list[str] = []
+
+    def timed(key: str, make: object) -> float:
+        asked.append(key)
+        return share(make())  # type: ignore[operator]
+
+    assert edits(by_time, context(by_time, 9, 8, timed=timed), latency=0.5, repair=False)
+    assert 0.4 < share(by_time) <= 0.5
+    assert len(asked) == len(set(asked)) <= 8
+
+
+@pytest.mark.parametrize("attributes", ["", "<group = 2>", "<strides = [2, 2], pads = [1, 1, 1, 1]>"])
+def test_a_convolution_that_makes_up_for_lost_channels_keeps_its_mean(attributes: str) -> None:
+    depth = 4 if "group" in attributes else 8
+    model = declare(
+        f"(float[1,3,9,9] x) => (float[1,n,h,w] y) {{ a = Conv(x, u) r = Relu(a) y = Conv{attributes}(r, v, b) }}",
+        u=random(8, 3, 1, 1),
+        v=random(6, depth, 3, 3),
+        b=random(6),
+    )
+    ctx, coupling = context(model, 1, 3, 9, 9), analyse(model)
+    (group,) = coupling.groups
+    assert ctx.calibration is not None
+    (seen,) = observe(model, [group], outlets(model, coupling), ctx.calibration, 0)
+    (problem,), (outlet,) = seen.problems, seen.outlets
+    assert outlet.size == 8
+    weight = problem.consumer.weight.copy()
+    assert (problem.change(outlet, weight).weight == 0).all()
+    weight[:, :, 0] = 0
+    change = problem.change(outlet, weight)
+    expected = outlet.layer.weight().reshape(*change.weight.shape[:2], depth, -1)[:, :, 0]
+    np.testing.assert_allclose(change.weight.reshape(*change.weight.shape[:2], depth, -1)[:, :, 0], -expected)
+    np.testing.assert_allclose(change.bias, (expected.sum(axis=-1) * problem.means[:, :1]), rtol=1e-6)
+
+
+def test_places_within_units_are_positions_where_few_were_seen() -> None:
+    model = declare(
+        "(float[1,3,5,5] x) => (float[1,4] y) { a = Conv(x, u) r = Relu(a) f = Flatten(r) y = Gemm(f, v) }",
+        u=random(6, 3, 1, 1),
+        v=random(150, 4),
+    )
+    coupling, ctx = analyse(model), context(model, 1, 3, 5, 5, count=8)
+    (group,) = coupling.groups
+    assert ctx.calibration is not None
+    (seen,) = observe(model, [group], outlets(model, coupling), ctx.calibration, 0)
+    (problem,), (outlet,) = seen.problems, seen.outlets
+    assert problem.aligned
+    assert problem.consumer.covariance.shape == (1, 6, 6)
+    weight = problem.consumer.weight.copy()
+    weight[:, :, 2] = 0
+    moved = problem.change(outlet, weight).weight[0]
+    np.testing.assert_allclose(moved[:, 50:75], -outlet.layer.weight()[0][:, 50:75])
+    assert (moved[:, :50] == 0).all()
+
+
+def test_units_whose_consumers_cannot_be_read_are_judged_by_their_scores() -> None:
+    model = declare(
+        "(float[4,1,3] x) => (float[1,1,6] h) { y, h = GRU<hidden_size = 6>(a, w, r) a = Relu(x) }".replace(
+            "{ y, h = GRU<hidden_size = 6>(a, w, r) a = Relu(x) }",
+            "{ m = MatMul(x, u) a = Relu(m) y, h = GRU<hidden_size = 6>(a, w, r) }",
+        ),
+        u=random(3, 5),
+        w=random(1, 18, 5),
+        r=random(1, 18, 6),
+    )
+    coupling, ctx = analyse(model), context(model, 4, 1, 3)
+    (curve,) = curves(model, coupling, ctx, lambda group: 1, magnitude)
+    scores = magnitude(curve.group)
+    np.testing.assert_array_equal(curve.order, np.argsort(scores, kind="stable")[:4])
+    np.testing.assert_allclose(curve.lost[-1], 1 - scores.max() / scores.sum())
+
+
+def test_counted_costs_are_those_of_the_model() -> None:
+    model = load(MODELS / "mnist_cnn_bn.onnx").clone()
+    coupling = analyse(model)
+    found = costs.elements(coupling)
+    gone = np.array([group.units // 3 for group in coupling.groups])
+    whole = found.left(np.zeros(len(gone), np.int64))
+    assert whole - found.left(gone) == removed(coupling, {g.name: g.units // 3 for g in coupling.groups})
+    then = gone.copy()
+    then[1] += 5
+    assert found.saved(gone, 1, then[1:2])[0] == found.left(gone) - found.left(then)
+
+
+def test_products_count_positions() -> None:
+    model = declare(
+        "(float[1,3,9,9] x) => (float[1,n,h,w] y) { a = Conv(x, u) r = Relu(a) y = Conv<strides = [2, 2]>(r, v) }",
+        u=random(8, 3, 1, 1),
+        v=random(6, 8, 1, 1),
+    )
+    ctx = context(model, 1, 3, 9, 9)
+    assert ctx.calibration is not None
+    found = costs.products(model, analyse(model), ctx.calibration)
+    assert found.left(np.array([0])) == 81 * 24 + 25 * 48
+    assert found.left(np.array([3])) == 81 * 15 + 25 * 30
+
+
+def test_the_path_takes_the_best_rate_even_where_that_is_a_large_step() -> None:
+    found = Costs([Term(1, (4,), ({0: 1},)), Term(1, (4,), ({1: 1},))], 2)
+    lost = [np.array([0.0, 3.0, 3.0, 3.0]), np.array([0.0, 1.5, 4.0, 9.0])]
+    choices = [np.array([1, 2, 3]), np.array([1, 2, 3])]
+    states = [state.tolist() for state in path(lost, choices, found)]
+    assert states == [[0, 0], [3, 0], [3, 1], [3, 2], [3, 3]]
+
+
+def test_a_classifier_keeps_its_accuracy_at_half_its_channels() -> None:
+    original = load(MODELS / "mnist_cnn.onnx")
+    images = np.load(MODELS / "mnist_calibration.npz")["image"][:96]
+    data = calibration([{"image": images[i : i + 1]} for i in range(len(images))], real=True)
+    ctx = Context(target="portable", seed=0, evaluate=evaluate_node, shapes=Shapes(original), calibration=data)
+    passes = Pipeline.parse("prune-channels{ratio=0.5,importance=loss}").passes
+    pruned = manager.run(original, passes, ctx).model
+
+    def right(model: ir.Model) -> float:
+        with open_session(model, RunOptions(), optimized=True) as session:
+            (scores,) = session.run({"image": np.load(MODELS / "mnist_test.npz")["image"]}).values()
+        return float((scores.argmax(axis=1) == np.load(MODELS / "mnist_test_labels.npy")).mean())
+
+    assert right(pruned) > right(original) - 0.02
