@@ -24,7 +24,7 @@ import numpy as np
 import onnx
 
 import onnxopt
-from onnxopt.advice.ways import BATCH, FEWEST_EPOCHS, FINE, SCRATCH
+from onnxopt.advice.ways import FINE, SCRATCH, Recipe, trained
 from onnxopt.contract import Silent
 from onnxopt.heads.features import run_up_to
 from onnxopt.heads.labelled import load_unlabelled
@@ -88,19 +88,10 @@ def accuracy(model: object, images: np.ndarray, labels: np.ndarray, name: str) -
     return float((scores.argmax(axis=1) == labels).mean())
 
 
-def trained(model: object, images: np.ndarray, labels: np.ndarray, name: str, recipe: tuple[float, int]) -> object:
+def as_advised(model: object, images: np.ndarray, labels: np.ndarray, name: str, recipe: Recipe) -> object:
     """Train all layers as `onnxopt advise` does."""
-    rate, steps = recipe
-    epochs = max(FEWEST_EPOCHS, round(steps / -(-len(images) // BATCH)))
-    return finetune(
-        model,
-        {name: images},
-        labels,
-        epochs=epochs,
-        learning_rate=rate,
-        batch=BATCH,
-        validation=0,  # type: ignore[arg-type]
-    ).model
+    loaded = onnxopt.load(model)  # type: ignore[arg-type]
+    return trained(loaded, load_unlabelled({name: images}, loaded), labels, recipe, 0)
 
 
 def reached(model: object, images: np.ndarray, labels: np.ndarray, per_class: int, seed: int) -> dict[str, float]:
@@ -119,8 +110,10 @@ def reached(model: object, images: np.ndarray, labels: np.ndarray, per_class: in
         "head, last layer": accuracy(last.model, rest, truth, name),
         "head": accuracy(best.model, rest, truth, name),
     }
-    found["fine-tuning"] = accuracy(trained(best.model, few, classes, name, FINE), rest, truth, name)
-    found["scratch"] = accuracy(trained(reinitialize(last.model, seed), few, classes, name, SCRATCH), rest, truth, name)
+    found["fine-tuning"] = accuracy(as_advised(best.model, few, classes, name, FINE), rest, truth, name)
+    found["scratch"] = accuracy(
+        as_advised(reinitialize(last.model, seed), few, classes, name, SCRATCH), rest, truth, name
+    )
     return found
 
 

@@ -14,6 +14,7 @@ _EPILOG = """
 Examples:
   onnxopt finetune model.onnx --data train.npz --labels labels.npy -o tuned.onnx
   onnxopt finetune model.onnx --data train.npz -o tuned.onnx --freeze 'encoder.*' --layer-decay 0.9
+  onnxopt finetune headed.onnx --data few.npz -o tuned.onnx --blend 50% --layer-decay 0.7 --label-smoothing 10%
   onnxopt finetune digits.onnx --data digits.npz -o tuned.onnx --shift 2 --epochs 40 --checkpoint run.safetensors
 
 The graph is run in torch (pip install 'onnxopt[torch]'), after a comparison with ONNX Runtime; the weights are written
@@ -40,6 +41,11 @@ not written); 2 usage, unreadable input or unwritable output; 130 interrupted (-
     type=options.Fraction(below_one=True),
     default=0.0,
     help="Share of each label that is spread over all classes.",
+)
+@click.option(
+    "--blend",
+    type=options.Fraction(),
+    help="How far to go from the parameters that were there to those trained, by default 100%; 50% after onnxopt head.",
 )
 @options.training_options
 def command(

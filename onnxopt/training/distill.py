@@ -111,6 +111,7 @@ def distill(
             layer_decay=layer_decay,
             clip=clip,
             patience=patience,
+            blend=1.0,
             seed=seed,
         ),
         augmentation=Augmentation(shift=shift, noise=noise, mix=mix),

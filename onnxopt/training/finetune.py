@@ -40,6 +40,7 @@ def finetune(
     freeze: Sequence[str] = (),
     validation: float = 0.2,
     patience: int = 5,
+    blend: float = 1.0,
     label_smoothing: float = 0.0,
     shift: int = 0,
     noise: float = 0.0,
@@ -73,6 +74,8 @@ def finetune(
         validation: Share of the samples that judge and are not learnt from; 0 for none, and then the last epoch's
             state is kept.
         patience: Epochs without a better state after which training ends.
+        blend: How far the result goes from what was there to what was trained; 0.5 after `onnxopt.head`, whose head is
+            the best one for few samples already (WiSE-FT, arXiv:2109.01903).
         label_smoothing: Share of each label that is spread over all classes.
         shift: Pixels by which images move at random.
         noise: Noise that is added to inputs, as a fraction of their standard deviation.
@@ -106,6 +109,7 @@ def finetune(
             layer_decay=layer_decay,
             clip=clip,
             patience=patience,
+            blend=blend,
             seed=seed,
         ),
         augmentation=Augmentation(shift=shift, noise=noise, mix=mix),

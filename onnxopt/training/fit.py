@@ -73,13 +73,17 @@ class _State:
         )
         self.epochs: list[Epoch] = []
         self.best = 0
+        self.blend = recipe.blend
+        self.start = {name: each.leaf.detach().clone() for name, each in trained.items()}
         self.best_leaves = self.leaves()
 
     def leaves(self) -> dict[str, torch.Tensor]:
-        return {name: each.leaf.detach().clone() for name, each in self.trained.items()}
+        """Return what the result would be made of now: leaves on the way from the start to where they are."""
+        return {n: torch.lerp(self.start[n], each.leaf.detach(), self.blend) for n, each in self.trained.items()}
 
     def values(self) -> dict[str, torch.Tensor]:
-        return {name: each.value() for name, each in self.trained.items()}
+        leaves = self.leaves()
+        return {name: each.value(leaves[name]) for name, each in self.trained.items()}
 
     def note(self, epoch: Epoch) -> None:
         """Add an epoch; keep its leaves when they are the best so far, or when nothing judges."""

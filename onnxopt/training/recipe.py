@@ -21,6 +21,8 @@ class Recipe:
         layer_decay: Factor of the learning rate from a layer to the one before it (arXiv:1801.06146).
         clip: Largest norm of all gradients together.
         patience: Epochs without a better state after which training ends.
+        blend: How far the result goes from where training began to where it ended; 1 is all the way. Halfway keeps more
+            of what was learnt before (WiSE-FT, arXiv:2109.01903).
         seed: Of the order of samples and what is random in them.
     """
 
@@ -32,6 +34,7 @@ class Recipe:
     layer_decay: float
     clip: float
     patience: int
+    blend: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class Recipe:
             "warmup": 0 <= self.warmup < 1,
             "layer_decay": 0 < self.layer_decay <= 1,
             "patience": self.patience >= 1,
+            "blend": 0 < self.blend <= 1,
             "seed": self.seed >= 0,
         }
         for name, fine in checks.items():

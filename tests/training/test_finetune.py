@@ -114,6 +114,22 @@ def test_a_layer_decay_of_little_moves_the_first_layer_little(network: onnx.Mode
     assert moved["w1"] < 0.1 * moved["w2"]
 
 
+def test_half_of_the_way_is_halfway_between_before_and_after(
+    network: onnx.ModelProto, blobs: Blobs, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"epochs": 3, "learning_rate": 0.02, "validation": 0}
+    start, whole = weights(models.load(network)), weights(finetune(network, *blobs, **options).model)
+    half = weights(finetune(network, *blobs, **options, blend=0.5).model)
+    for name, array in half.items():
+        assert np.abs(whole[name] - start[name]).max() > 1e-3
+        assert np.allclose(array, (start[name] + whole[name]) / 2, atol=1e-6)
+    checkpoint = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network, *blobs, **options, blend=0.5, checkpoint=checkpoint, progress=Interrupts("epoch 3"))
+    rest = weights(finetune(network, *blobs, **options, blend=0.5, checkpoint=checkpoint).model)
+    assert all(np.array_equal(array, half[name]) for name, array in rest.items())
+
+
 class Interrupts(Silent):
     """Interrupts at the beginning of an epoch."""
 
@@ -265,6 +281,7 @@ def refusals() -> list[Any]:
         ({"x": x}, y, {"learning_rate": 0.0}, UsageError, "learning_rate cannot be 0.0"),
         ({"x": x}, y, {"validation": 1.0}, UsageError, "validation must be at least 0 and below 1"),
         ({"x": x}, y, {"validation": 0.01}, DataError, "Of 6 samples, 0 would judge"),
+        ({"x": x}, y, {"blend": 0.0}, UsageError, "blend cannot be 0.0"),
         ({"x": x}, y, {"mix": -1.0}, UsageError, "mix cannot be -1.0"),
         ({"x": x}, y, {"threads": 0}, UsageError, "threads must be at least 1"),
     ]
