@@ -44,7 +44,7 @@ def main() -> int:
         original = onnxopt.load(MODELS / f"{name}.onnx")
         before = accuracy(original)
         for ratio in arguments.ratios:
-            for importance in ("magnitude", "activation"):
+            for importance in ("magnitude", "activation", "loss"):
                 options = f"ratio={ratio},importance={importance}"
                 plain, _ = runs(original, f"prune-channels{{{options},repair=false}}", arguments)
                 fitted, seconds = runs(original, f"prune-channels{{{options}}}", arguments)
