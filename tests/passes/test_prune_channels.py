@@ -300,3 +300,10 @@ def test_real_models_from_the_command_line(tmp_path, name):
 def parameters(model):
     values = [*model.graph.initializers.values(), *(node.outputs[0] for node in all_nodes(model) if node.outputs)]
     return sum(tensor.size for value in values if (tensor := constant_tensor(value)) is not None)
+
+
+@pytest.mark.parametrize("repair", [True, False])
+def test_the_report_says_that_quantization_may_be_better(repair):
+    told = PruneChannels(repair=repair).caveat()
+    assert told.startswith("prune-channels: outputs move")
+    assert "Compare the result with `onnxopt quantize` alone" in told
