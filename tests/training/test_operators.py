@@ -252,6 +252,26 @@ def test_windows(
     assert close(ours["y"], theirs["y"])
 
 
+def test_blocks_are_added_up_where_they_lie() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 18]> g (float[1, 8, 12] x) => (float[a, b, c, d] y)
+        <int64[2] image = {5, 4}, int64[2] block = {2, 2}>
+        { y = Col2Im <pads = [1, 0, 0, 1], strides = [2, 1], dilations = [1, 1]> (x, image, block) }"""
+    found, expected = run(text, {"x": np.linspace(-2, 3, 96, dtype=np.float32).reshape(1, 8, 12)})
+    assert close(found["y"], expected["y"])
+
+
+@pytest.mark.parametrize(
+    ("onesided", "inputs"), [(1, "x, step, window"), (1, "x, step, , size"), (0, "x, step, window")]
+)
+def test_spectra_of_windows(onesided: int, inputs: str) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 17]> g (float[2, 40, 1] x) => (float[a, b, c, d] y)
+        <int64 step = {{4}}, float[8] window = {{0.1, 0.4, 0.8, 1, 1, 0.8, 0.4, 0.1}}, int64 size = {{8}}>
+        {{ y = STFT <onesided = {onesided}> ({inputs}) }}"""
+    x = np.random.default_rng(0).standard_normal((2, 40, 1)).astype(np.float32)
+    found, expected = run(text, {"x": x})
+    assert close(found["y"], expected["y"])
+
+
 def test_bodies_use_the_values_around_them_and_functions_the_attributes_of_their_caller() -> None:
     text = """<ir_version: 8, opset_import: ["" : 17, "own" : 1]>
         g (float[3] x, bool c, int64 n) => (float[3] y, float[3] last, float[k, 3] all)

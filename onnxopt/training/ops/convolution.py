@@ -1,4 +1,4 @@
-"""Convolutions and pooling, with the paddings of ONNX."""
+"""Convolutions, pooling and other windows, with the paddings of ONNX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onnxopt.training.call import Call, Operator
-from onnxopt.training.values import NoCounterpart
+from onnxopt.training.values import NoCounterpart, ints
 
 _CONV = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
 _TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
@@ -195,6 +195,33 @@ def _window_sum(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilati
     return total
 
 
+def columns_to_image(call: Call, x: Tensor, image: Tensor, block: Tensor) -> Tensor:
+    """Add blocks up where they lie in an image."""
+    sizes, kernel = ints(image), ints(block)
+    pads = call.get("pads", [0] * 2 * len(sizes))
+    if len(sizes) != 2:
+        raise NoCounterpart(f"has {len(sizes)} spatial axes")
+    # padded on all sides in torch, and then cut to what is left between the pads
+    padded = [sizes[i] + pads[i] + pads[i + 2] for i in range(2)]
+    whole = functional.fold(
+        x, padded, kernel, dilation=call.get("dilations", [1, 1]), stride=call.get("strides", [1, 1])
+    )
+    return whole[..., pads[0] : pads[0] + sizes[0], pads[1] : pads[1] + sizes[1]]
+
+
+def short_time_fourier(
+    call: Call, signal: Tensor, step: Tensor, window: Tensor | None = None, length: Tensor | None = None
+) -> Tensor:
+    """Return the spectra of windows of real signals: samples by windows by frequencies by real and imaginary part."""
+    if signal.ndim == 3 and signal.shape[2] != 1:
+        raise NoCounterpart("has complex signals")
+    size = len(window) if window is not None else ints(length)[0]
+    frames = signal.reshape(len(signal), -1).unfold(1, size, ints(step)[0])
+    frames = frames if window is None else frames * window
+    spectra = torch.fft.rfft(frames) if call.get("onesided", 1) else torch.fft.fft(frames)
+    return torch.view_as_real(spectra)
+
+
 def _spatial(x: Tensor) -> list[int]:
     return list(range(2, x.ndim))
 
@@ -214,4 +241,6 @@ OPS: dict[str, Operator] = {
     "GlobalAveragePool": lambda call, x: x.mean(dim=_spatial(x), keepdim=True),
     "GlobalMaxPool": lambda call, x: x.amax(dim=_spatial(x), keepdim=True),
     "GlobalLpPool": global_lp_pool,
+    "Col2Im": columns_to_image,
+    "STFT": short_time_fourier,
 }
