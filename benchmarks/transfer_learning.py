@@ -3,8 +3,9 @@
     python benchmarks/transfer_learning.py [--seeds 5] [--advise] [--out FILE.json]
 
 The classifier of the digits 0 to 4 (models/mnist_cnn_0to4.onnx) learns 5 to 9 from 5, 20 and 100 images of each, and
-the one of all digits learns those of scikit-learn, 8x8 pixels made 28x28, from 5 of each. Training from scratch
-and fine-tuning see moved images and smoothed labels, as `onnxopt advise` gives them. Every seed draws other images; up to 1,000 of the rest judge. Gains are paired by seed, with Student's 95% interval. What --out holds already
+the one of all digits learns those of scikit-learn, 8x8 pixels made 28x28, from 5 of each. Training from scratch and
+fine-tuning see moved images and smoothed labels, as `onnxopt advise` gives them. Every seed draws other images; up to
+1,000 of the rest judge. Gains are paired by seed, with Student's 95% interval. What --out holds already
 is not computed again. --advise also asks `onnxopt advise` in each of these cases, and for a network whose only hidden
 layer was trained on shuffled labels, and compares its verdict with what the ways reach on the images that judge.
 
