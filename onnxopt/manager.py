@@ -43,6 +43,12 @@ MAX_ROUNDS = 8
 MAX_GUILTY = 5
 """After this many guilty edits of one pass, an exact pass is dropped as a whole and a lossy one stops."""
 
+MAX_UNEQUAL = 25
+"""Edits of a lossy pass that do not compute what they should are left out one by one; after so many it stops."""
+
+UNEQUAL = "it does not compute what it should"
+"""How the reason of an edit begins that does not equal its reference."""
+
 CRASHED = "crashed with"
 """How the reason of what crashed begins."""
 
@@ -236,7 +242,7 @@ def _equal(judge: Judge, trial: _Trial) -> Verdict:
     if trial.reference is None:
         return Verdict(True)
     equal = judge.equal(*(trial.unrepaired or (trial.model, trial.reference())))
-    return equal if equal.ok else Verdict(False, f"it does not compute what it should: {equal.reason}")
+    return equal if equal.ok else Verdict(False, f"{UNEQUAL}: {equal.reason}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -285,17 +291,21 @@ def _bisect(
 def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: Denials) -> None:
     edit = trial.culprits[guilty.index]
     denials.deny(edit.site, edit.summary, guilty.reason)
-    names = dict(segment)
-    convicted = sum(d.site.pass_name == edit.site.pass_name for d in denials.sites.values())
-    if convicted < MAX_GUILTY:
+    unequal = guilty.reason.startswith(UNEQUAL)
+    convicted = sum(
+        d.site.pass_name == edit.site.pass_name and d.reason.startswith(UNEQUAL) == unequal
+        for d in denials.sites.values()
+    )
+    if convicted < (MAX_UNEQUAL if unequal else MAX_GUILTY):
         return
-    if names[edit.position].guarantee is Guarantee.EXACT:
+    if dict(segment)[edit.position].guarantee is Guarantee.EXACT:
         denials.passes[edit.position] = (
             f"{convicted} of its edits failed verification, so none of it is trusted; the last: {guilty.reason}"
         )
         return
+    missed = "did not compute what they should" if unequal else "missed the budget"
     for later in trial.culprits[guilty.index + 1 :]:
-        denials.deny(later.site, later.summary, f"not kept after {convicted} edits missed the budget")
+        denials.deny(later.site, later.summary, f"not kept after {convicted} edits {missed}")
 
 
 def _deny_crash(crash: _Crash, denials: Denials) -> None:

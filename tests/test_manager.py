@@ -215,32 +215,54 @@ def test_lossy_passes_are_judged_alone_and_rebase_the_exact_reference() -> None:
     assert judge.rebased == [Guarantee.APPROXIMATE]
 
 
-def test_what_differs_from_the_reference_of_its_edits_is_dropped_whatever_the_budget() -> None:
-    class Proven(LossyRename):
-        name = "proven"
+class Proven(LossyRename):
+    """Every edit says what the model must then equal."""
 
-        def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
-            done: list[str] = []
-            for edit in list(super().run(model, ctx)):
-                assert isinstance(edit, Edit)
+    name = "proven"
 
-                def apply(edit: Edit = edit) -> None:
-                    edit.apply()
-                    done.append(edit.site.output)
+    def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
+        done: set[str] = set()
+        for edit in list(super().run(model, ctx)):
+            assert isinstance(edit, Edit)
 
-                def reference() -> ir.Model:
-                    expected = chain(6)
-                    for node in list(expected.graph)[: len(done)]:
+            def apply(edit: Edit = edit) -> None:
+                edit.apply()
+                done.add(edit.site.output)
+
+            def reference() -> ir.Model:
+                expected = chain(len(list(model.graph)))
+                for node in expected.graph:
+                    if node.outputs[0].name in done:
                         node.op_type = self.to
-                    return expected
+                return expected
 
-                yield dataclasses.replace(edit, apply=apply, reference=reference)
+            yield dataclasses.replace(edit, apply=apply, reference=reference)
 
+
+def test_what_differs_from_the_reference_of_its_edits_is_dropped_whatever_the_budget() -> None:
     outcome = manager.run(chain(6), [Proven(wrong_at="v6")], CTX, CountingJudge(allowed=6))
     assert ops(outcome.model) == ["Abs"] * 5 + ["Relu"]
     (dropped,) = outcome.passes[0].dropped
     assert dropped.site.output == "v6"
     assert dropped.reason == "it does not compute what it should: other operators"
+
+
+def test_edits_that_differ_from_their_reference_are_named_one_by_one_and_the_others_stand() -> None:
+    wrong = [f"v{i}" for i in range(2, 16, 2)]
+    outcome = manager.run(chain(16), [Proven(wrong_at="+".join(wrong))], CTX, CountingJudge(allowed=16))
+    assert len(wrong) > manager.MAX_GUILTY
+    assert [d.site.output for d in outcome.passes[0].dropped] == wrong
+    assert ops(outcome.model) == ["Abs", "Relu"] * 7 + ["Abs", "Abs"]
+
+
+def test_after_many_edits_that_differ_the_rest_is_not_said_to_miss_a_budget() -> None:
+    wrong = "+".join(f"v{i}" for i in range(1, 40))
+    outcome = manager.run(chain(40), [Proven(wrong_at=wrong)], CTX, CountingJudge(allowed=40))
+    reasons = {d.reason for d in outcome.passes[0].dropped}
+    assert reasons == {
+        "it does not compute what it should: other operators",
+        "not kept after 25 edits did not compute what they should",
+    }
 
 
 def test_a_lossy_pass_far_beyond_the_budget_keeps_what_fits() -> None:

@@ -146,9 +146,11 @@ def _passes(report: Report, console: Console, *, verbose: bool) -> None:
             _near_misses(done, console)
     if idle:
         _idle_line(idle, console)
-    if any(p.refusals for p in report.passes):
+    missed = [p.spec for p in report.passes if p.refusals]
+    if missed:
         model = shlex.quote(words.printable(report.model)) if report.model else "MODEL"
-        hint = f"Why near misses were left alone: onnxopt explain {model} -p PASS"
+        passes = shlex.quote(words.printable(missed[0])) if len(missed) == 1 else "PASS"
+        hint = f"Why near misses were left alone: onnxopt explain {model} -p {passes}"
         console.print(Padding(Text(hint, style="dim"), (0, 0, 0, 2)))
 
 

@@ -75,7 +75,7 @@ def test_str_is_the_report(report: Report) -> None:
         "skipped fuse-conv-bn the model has no BatchNormalization. 12 ms",
         "crashed with ValueError: no.",
         "12 edits taken back, because they make it slower: 1.20 times the original's latency (95% interval 1.15 to 1.24)",
-        "onnxopt explain models/encoder.onnx -p PASS",
+        "onnxopt explain models/encoder.onnx -p remove-identities",
         "Nodes 1,234 1,190 -44 (-3.6%)",
         "Parameters 462,346 461,962 -384 (-0.1%)",
         "File size 1.85 MB 1.85 MB -1.54 kB (-0.1%)",
@@ -249,3 +249,8 @@ def test_passes_that_found_nothing_are_named_together_unless_all_is_asked_for(re
     verbose = flat(to_text(longer, verbose=True))
     assert "idle-0, idle-1" not in verbose
     assert all(f"unchanged idle-{i}" in verbose for i in range(4))
+
+
+def test_the_hint_names_no_pass_where_several_had_near_misses(report: Report) -> None:
+    passes = tuple(dataclasses.replace(p, refusals=(("no", 1),)) for p in report.passes[:2])
+    assert "models/encoder.onnx -p PASS" in to_text(dataclasses.replace(report, passes=passes), width=140)
