@@ -197,9 +197,15 @@ def _pools(node: ir.Node) -> bool:
         return True
     if not is_op(node, "ReduceMean", "ReduceMax"):
         return False
-    axes = attribute(node, "axes") or (constant_ints(node.inputs[1]) if len(node.inputs) > 1 else None)
+    axes = attribute(node, "axes") or (_written(node.inputs[1]) if len(node.inputs) > 1 else None)
     # Over the last axis alone it is a part of a normalization.
     return axes is not None and tuple(axes) not in ((-1,), (), (3,)) and (len(axes) > 1 or axes[0] == 1)
+
+
+def _written(value: ir.Value | None) -> tuple[int, ...] | None:
+    """Return constant integers, also where exporters put a node without effect on the numbers behind them."""
+    node = None if value is None else value.producer()
+    return constant_ints(node.inputs[0] if is_op(node, "Reshape", "Cast", "Identity") and node is not None else value)
 
 
 def _is_pointwise(node: ir.Node) -> bool:

@@ -306,3 +306,22 @@ def test_reasons_are_documented():
     text = (Path(__file__).parents[2] / "docs" / "transplant.md").read_text()
     rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")][1:]
     assert rows == list(REASONS)
+
+
+def test_axes_behind_a_reshape_are_those_of_a_pooling(weighted):
+    proto = weighted(
+        """
+        <ir_version: 8, opset_import: ["" : 18]>
+        g (float[1, 2, 4, 4] x) => (float[1, 64] y) {
+            c = Conv(x, k)  a = Relu(c)
+            given = Constant<value = int64[2] {-1, -2}>()
+            flat = Constant<value = int64[1] {-1}>()
+            axes = Reshape(given, flat)
+            pooled = ReduceMean<keepdims = 0>(a, axes)
+            y = MatMul(pooled, w)
+        }
+    """,
+        k=(8, 2, 3, 3),
+        w=(8, 64),
+    )
+    assert names(onnxopt.extract(proto, "backbone").model.graph.outputs) == ["a"]
