@@ -63,6 +63,7 @@ _LOSSLESS = ",".join(
         "fuse-batch-norm",
         "fuse-conv-bn",
         "fuse-pad",
+        "merge-branches",
         "fuse-linear",
         "merge-consecutive-linear",
         # attention: masks and rotary embeddings before it; its projections are merged after it, because the runtime's

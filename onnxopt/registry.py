@@ -173,6 +173,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Merge linear operators on the same input into one, for example query, key and value.",
         ),
         _entry(
+            "merge-branches",
+            "fuse.merge_branches:MergeBranches",
+            "Merge Convs on the same input whose results are added up into one.",
+        ),
+        _entry(
             "merge-consecutive-linear",
             "fuse.merge_consecutive:MergeConsecutiveLinear",
             "Merge linear operators one behind the other where that costs less.",
