@@ -74,6 +74,9 @@ class Site:
             if isinstance(read, str):
                 return read
             terms.append(read)
+        joint = ctx.shapes.rank(found.product.outputs[0]) == 3 and found.batch != 1
+        if joint and any(len(t.shape) == 3 and t.shape[0] != 1 for t in terms):
+            return "a mask has batch and heads in one axis"
         causal = len(terms) == 1 and is_causal(terms[0], found.queries, found.keys, ctx.shapes)
         return cls(found, tuple(terms), causal, scope, ctx.shapes, shared, tuple(_tails(found.result)))
 

@@ -331,6 +331,15 @@ def test_near_misses_say_why(rewritten, change, reason):
     assert reason in found.refusals
 
 
+def test_a_mask_that_counts_batch_and_heads_in_one_is_left_alone(rewritten, monkeypatch):
+    """Bloom and DeBERTa add such ones to the product of three axes."""
+    kind = "batch and heads in one"
+    alibi = "s2 = MatMul(qs, k3t) slope = ReduceMax<axes=[1], keepdims=1>(k3t) s3 = Add(s2, slope)"
+    monkeypatch.setitem(SCORES, kind, SCORES[kind].replace("s3 = MatMul(qs, k3t)", alibi))
+    found = rewritten(model(kind, "lowest", opset=17), PASSES)
+    assert "a mask has batch and heads in one axis" in found.refusals
+
+
 @pytest.mark.parametrize("fill", [-1.0, -100.0])
 def test_scores_replaced_by_a_small_number_are_not_masked(rewritten, fill):
     change = (
