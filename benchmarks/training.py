@@ -89,7 +89,7 @@ def step(model: ir.Model, interpreter: Interpreter, feed: Feed) -> tuple[int, st
     if square == 0:
         return count, "the gradient is zero"
     with torch.no_grad():
-        for part in (1e-2, 1e-3, 1e-4):
+        for part in (1e-2, 1e-3, 1e-4, 1e-5):
             # by the first order, such a step takes this part of the loss away
             size = part * float(before.detach()) / square
             for leaf, gradient in reached:
