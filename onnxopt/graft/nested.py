@@ -263,7 +263,12 @@ def _first_scan(node: ir.Node, given: list[Any]) -> tuple[list[Any], bool]:
 
 
 def with_advice(body: Body, refused: RefusedError) -> RefusedError:
-    """Return why something in a body was refused, with what may help where no input leads there."""
+    """Return why something in a body was refused, with what may help there."""
+    if refused.reason == "data":
+        needed = str(refused).split(": it is fitted")[0]
+        return RefusedError(
+            "adapter", f"{needed}: what is fitted to data cannot be put into a body; choose another cut."
+        )
     if refused.reason != "does not run" or not body.idle:
         return refused
     return RefusedError("does not run", f"{refused} It is a body that no input led to: {body.note}.")

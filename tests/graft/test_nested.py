@@ -174,6 +174,18 @@ def test_what_a_branch_gives_keeps_its_type():
     assert refused.value.reason == "shape"
 
 
+def test_what_would_have_to_be_fitted_within_a_body_is_refused_without_asking_for_data():
+    wide = parsed(
+        DONOR.replace("float[n, 4] p", "float[n, 6] p")
+        .replace("float[n, 4] q", "float[n, 6] q")
+        .replace("float[4] bias = {5, 6, 7, 8}", "float[6] bias = {5, 6, 7, 8, 9, 10}")
+    )
+    with pytest.raises(RefusedError, match="cannot be put into a body") as refused:
+        onnxopt.graft(parsed(BRANCHES), wide, replace="a->u in c.then_branch", with_="p->q", adapters="allow")
+    assert refused.value.reason == "adapter"
+    assert "--data" not in str(refused.value)
+
+
 def test_cuts_across_bodies_are_refused():
     with pytest.raises(RefusedError, match="a cut lies in one graph") as refused:
         onnxopt.extract(parsed(BRANCHES), "x->v")
