@@ -65,12 +65,12 @@ def test_ranges_hold_zero_and_nothing_that_was_not_seen(values, method):
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["normal", "laplace", "standard_t"]), st.booleans())
 def test_mse_is_better_than_all_of_it(seed, law, positive):
     rng = np.random.default_rng(seed)
-    draw = rng.standard_t(3, 20000) if law == "standard_t" else getattr(rng, law)(size=20000)
+    count = 400_000  # of fewer, the measured error of two equally good grids differs by more than is asked here
+    draw = rng.standard_t(3, count) if law == "standard_t" else getattr(rng, law)(size=count)
     values = (np.maximum(draw, 0) if positive else draw).astype(np.float32)
     histogram = seen(*np.split(values, 10))
     best = rounding_error(values, value_range(histogram, "mse"))
-    # bins resolve no more: of 4,200 draws the worst was 2.6% above
-    assert best <= rounding_error(values, value_range(histogram, "minmax")) * 1.05
+    assert best <= rounding_error(values, value_range(histogram, "minmax")) * 1.02
     reach = [(values.min() * s, values.max() * t) for s in (0.3, 0.6, 0.9) for t in (0.3, 0.6, 0.9)]
     assert best <= min(rounding_error(values, bounds) for bounds in reach) * 1.05
 
