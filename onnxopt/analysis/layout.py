@@ -8,6 +8,7 @@ nodes that do the same follow from it: nothing, a Reshape, a Transpose, one of e
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -174,6 +175,46 @@ def plan(wanted: Rearrangement, *, inferred: bool = False) -> tuple[Step, ...] |
     candidates = [_transpose_first(before, after), _transpose_last(after), _coarse(wanted)]
     plans = [_steps(wanted, stages, inferred) for stages in candidates if stages is not None]
     return min((p for p in plans if p is not None), key=len, default=None)
+
+
+def joined(nodes: Sequence[ir.Node], shapes: Shapes, *, inferred: bool = False) -> tuple[Step, ...] | None:
+    """Return a chain with neighbours of a kind made one, for chains that are no single rearrangement of factors.
+
+    Where one Reshape follows another, only the shape that the last one gives matters, even when it cuts across the
+    factors of the first; two Transposes are one.
+
+    Args:
+        nodes: The chain, first to last.
+        shapes: What is known about shapes.
+        inferred: Allow -1 in a Reshape even when another size might be zero.
+
+    Returns:
+        The nodes, or None when a shape is unknown or constants cannot express one.
+    """
+    source = nodes[0].inputs[0]
+    start = shapes.of(source) if source is not None else None
+    if start is None:
+        return None
+    reached: list[tuple[tuple[int, ...] | None, tuple[Dim, ...]]] = [(None, start)]  # permutation, shape after it
+    for node in nodes:
+        after = shapes.of(node.outputs[0])
+        if after is None:
+            return None
+        if node.op_type == "Transpose":
+            perm = attribute(node, "perm", tuple(reversed(range(len(after)))))
+            earlier = reached.pop()[0] if reached[-1][0] is not None else None
+            perm = tuple(earlier[i] for i in perm) if earlier is not None else tuple(perm)
+            reached += [(perm, after)] if perm != tuple(range(len(perm))) else []
+            continue
+        if reached[-1][0] is None and len(reached) > 1:
+            reached.pop()
+        reached += [(None, after)] if after != reached[-1][1] else []
+    steps = [
+        reshape_step(before, after, inferred=inferred) if perm is None else Step("Transpose", perm, after)
+        for (_, before), (perm, after) in itertools.pairwise(reached)
+    ]
+    known = tuple(step for step in steps if step is not None)
+    return known if len(known) == len(steps) else None
 
 
 def _permutation(before: Sequence[Axis], after: Sequence[Axis]) -> tuple[int, ...] | None:

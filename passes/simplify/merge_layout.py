@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.dims import symbol_name
-from onnxopt.analysis.layout import Step, is_layout, plan, rearrangement
+from onnxopt.analysis.layout import Step, is_layout, joined, plan, rearrangement
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
@@ -34,7 +34,7 @@ class MergeLayout(GraphPass):
     """Merge chains of layout nodes.
 
     A chain is read as one rearrangement of the factors of its axes (`analysis/layout.py`), from which the fewest
-    nodes follow. Shapes may be symbolic.
+    nodes follow. Where a Reshape cuts across the factors, neighbours of a kind are made one. Shapes may be symbolic.
     """
 
     name = "merge-layout"
@@ -78,11 +78,13 @@ def _chain_to(last: ir.Node) -> list[ir.Node]:
 def _shorter(chain: list[ir.Node], shapes: Shapes) -> tuple[Step, ...] | None:
     """Return a plan with fewer nodes than the chain has, or None. A long chain is tried from later starts too."""
     while chain:
-        read = rearrangement(chain, shapes)
-        if read is not None:
-            steps = plan(read, inferred=_infers(chain, shapes))
-            if steps is not None:
-                return steps if len(steps) < len(chain) else None
+        read, inferred = rearrangement(chain, shapes), _infers(chain, shapes)
+        steps = None if read is None else plan(read, inferred=inferred)
+        if steps is not None:
+            return steps if len(steps) < len(chain) else None
+        steps = joined(chain, shapes, inferred=inferred)
+        if steps is not None and len(steps) < len(chain):
+            return steps
         del chain[0]
     return None
 
