@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -92,9 +93,9 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Return a list to which the operators of every model are added that the walk opens."""
     opened, open_session = [], walk.open_session
 
-    def spy(model: ir.Model, *args: object, **options: object) -> object:
+    def spy(model: ir.Model, *args: Any, **options: Any) -> object:
         opened.append([node.op_type for node in model.graph])
-        return open_session(model, *args, **options)  # type: ignore[arg-type]
+        return open_session(model, *args, **options)
 
     monkeypatch.setattr(walk, "open_session", spy)
     return opened
