@@ -147,6 +147,17 @@ def test_reshapes_that_cut_across_factors_are_one_reshape(rewritten):
     assert [node.op_type for node in done.nodes] == ["Exp", "Reshape", "Transpose", "Neg"]
 
 
+def test_a_reshape_to_the_same_shape_keeps_nothing_apart(rewritten):
+    done = rewritten(
+        f"""{HEAD} g (float[6, 4] x) => (float[2, 6, 2] y) <int64[2] s = {{4, 6}}, int64[3] t = {{2, 2, 6}}> {{
+            e = Exp(x) a = Transpose<perm = [1, 0]>(e) b = Reshape(a, s) c = Transpose<perm = [1, 0]>(b)
+            d = Reshape(c, t) f = Transpose<perm = [0, 2, 1]>(d) y = Neg(f)
+        }}""",
+        "merge-layout",
+    )
+    assert [node.op_type for node in done.nodes] == ["Exp", "Reshape", "Transpose", "Neg"]
+
+
 @st.composite
 def regrouped(draw, shape):
     """Another shape of as many elements: factors joined or split at random."""
