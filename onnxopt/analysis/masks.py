@@ -8,7 +8,7 @@ import math
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.attention import Mask
+from onnxopt.analysis.attention_scores import Mask
 from onnxopt.analysis.bounds import bounds
 from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.grids import at_least, some_true_in_row
