@@ -16,8 +16,9 @@ import onnx_ir as ir
 from onnxopt.errors import DataError, RuntimeFailure
 from onnxopt.graph import all_nodes, bodies, scopes
 from onnxopt.inputs.axes import SIZES, Axes, Kind
+from onnxopt.inputs.data import Data, Feed
 from onnxopt.inputs.roles import Roles
-from onnxopt.inputs.samples import Data, Feed, load_data, load_labels
+from onnxopt.inputs.samples import load_data, load_labels
 
 __all__ = ["Data", "Feed", "generate", "generate_runnable", "load_data", "load_labels"]
 

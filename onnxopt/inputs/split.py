@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from onnxopt.inputs.samples import Data
+from onnxopt.inputs.data import Data
 
 CALIBRATION_SHARE = 0.25
 MOST_CALIBRATION = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxopt.inputs.samples import Data
+from onnxopt.inputs.data import Data
 from onnxopt.inputs.split import split
 
 
