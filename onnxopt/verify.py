@@ -14,7 +14,6 @@ import itertools
 import math
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx
@@ -23,7 +22,8 @@ import onnx_ir as ir
 from onnxopt import feeds as feeding
 from onnxopt import model as models
 from onnxopt.compare import structure, ties
-from onnxopt.compare.deviation import Difference, Extent, Kind, blank, difference, differing, extent, nbytes
+from onnxopt.compare.deviation import difference, differing, extent, nbytes
+from onnxopt.compare.tally import OutputDeviation, Tally
 from onnxopt.compare.tolerance import Rounding, roundings
 from onnxopt.compare.yardstick import Mode, Original, Outputs, Ruler, make_ruler
 from onnxopt.contract import Guarantee
@@ -47,37 +47,6 @@ _OPTIMIZED = "with the runtime's optimizations on"
 _UNSTABLE = "differs between two runs of the original"
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class OutputDeviation:
-    """How far one output lies from the reference, over all feeds.
-
-    Attributes:
-        name: Name of the output.
-        kind: "float", "integer", "boolean", "string", or "empty" when it had no elements to compare.
-        max_abs: Largest absolute difference.
-        relative: Deviation relative to the output's range; for indices, booleans and strings the share of the
-            elements that differ. Infinite when NaN or infinity is new, or shape or type are wrong.
-        cosine: Cosine between both; None for booleans and strings, and when both are zero.
-        first_index: First element that differs by more than is allowed, else the first that differs at all; None
-            when all are equal. In front of it stand positions in sequences and keys in maps.
-        tolerance: Allowed value of `relative`.
-        ok: Whether the output may be as it is.
-        note: What else there is to know, in words.
-        compared: Whether its values were compared; otherwise only type and shape, or it holds no number.
-    """
-
-    name: str
-    kind: Kind
-    max_abs: float
-    relative: float
-    cosine: float | None
-    first_index: tuple[int | str, ...] | None
-    tolerance: float
-    ok: bool
-    note: str = ""
-    compared: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -323,7 +292,7 @@ class Verifier:
 
     def _exact_output(
         self,
-        tally: _Tally,
+        tally: Tally,
         ruler: Ruler,
         original: Original,
         number: int,
@@ -418,9 +387,9 @@ class Verifier:
             self._rankings[name] = ties.ranking(self._reference, name)
         return self._rankings[name]
 
-    def _tallies(self, original: Original, tolerances: Mapping[str, float], discrete: float) -> dict[str, _Tally]:
+    def _tallies(self, original: Original, tolerances: Mapping[str, float], discrete: float) -> dict[str, Tally]:
         return {
-            name: _Tally(
+            name: Tally(
                 name,
                 extent=original.extents[name],
                 tolerance=tolerances[name],
@@ -430,7 +399,7 @@ class Verifier:
             for name in original.names
         }
 
-    def _verdict(self, tallies: Mapping[str, _Tally], original: Original) -> Verification:
+    def _verdict(self, tallies: Mapping[str, Tally], original: Original) -> Verification:
         outputs = tuple(tally.deviation for tally in tallies.values())
         reason = next((tally.reason for tally in tallies.values() if not tally.ok), "")
         return Verification(
@@ -443,108 +412,6 @@ class Verifier:
             shapes=_sizes(self._reference, original.feeds),
             notes=original.notes,
         )
-
-
-class _Tally:
-    """Adds up what is found about one output, feed by feed."""
-
-    def __init__(
-        self, name: str, *, extent: Extent, tolerance: float, discrete_tolerance: float, is_index: bool
-    ) -> None:
-        self.name = name
-        self._scale = extent.scale
-        self._float_tolerance = tolerance
-        self._discrete_tolerance = discrete_tolerance
-        self._is_index = is_index
-        self._found = Difference("empty")
-        self._failed = False
-        self._notes: dict[str, None] = {}
-        self._compared = True
-
-    @property
-    def allowed(self) -> float:
-        """Largest absolute difference of floating-point elements."""
-        return self._float_tolerance * self._scale
-
-    def add(self, found: Difference, excuse: str = "") -> None:
-        """Add what a feed showed; an excuse says why what differs is no fault."""
-        if excuse:
-            self._notes[excuse] = None
-        elif found.exceeded:
-            self._failed = True
-        self._found |= found
-
-    def add_layout(self, reference: Any, other: Any, why: str, *, same_shape: bool = True) -> None:
-        """Compare type and shape alone, and note why."""
-        self._compared = False
-        self._notes[f"{why}; only type{' and shape' if same_shape else ''} can be compared"] = None
-        if same_shape:
-            self.add(difference(blank(reference), blank(other)))
-        elif isinstance(reference, np.ndarray) and isinstance(other, np.ndarray):
-            self.add(difference(reference.reshape(-1)[:0], other.reshape(-1)[:0]))
-
-    @property
-    def relative(self) -> float:
-        """Deviation relative to the range; for what has none, the share of elements that differ."""
-        if self._found.broken:
-            return math.inf
-        if self._is_share:
-            return self._found.share
-        return self._found.max_abs / self._scale
-
-    @property
-    def ok(self) -> bool:
-        """Whether the output may be as it is."""
-        if not self._failed:
-            return True
-        return not self._found.broken and self._is_discrete and self.relative <= self._discrete_tolerance
-
-    @property
-    def reason(self) -> str:
-        """What is wrong, in words."""
-        found = self._found
-        at = f", first at {_index(found.first)}" if found.first else ""
-        if found.broken:
-            return f'output "{self.name}" {found.broken}{at}'
-        if self._is_share or (self._is_discrete and self._discrete_tolerance == 0.0):
-            return (
-                f'output "{self.name}" differs in {_percent(found.share)} of its elements '
-                f"(allowed {_percent(self._discrete_tolerance)}){at}"
-            )
-        return f'output "{self.name}" deviates by {self.relative:.1e} of its range (allowed {self._tolerance:.1e}){at}'
-
-    @property
-    def deviation(self) -> OutputDeviation:
-        """Everything that was found."""
-        found = self._found
-        notes = list(self._notes)
-        numberless = self._compared and 0 < found.elements == found.nonfinite and not found.broken
-        if numberless:
-            notes.append("holds nothing but NaN and infinity, so there was no number to compare")
-        return OutputDeviation(
-            name=self.name,
-            kind=found.kind,
-            max_abs=found.max_abs,
-            relative=self.relative,
-            cosine=found.cosine,
-            first_index=found.first,
-            tolerance=self._tolerance,
-            ok=self.ok,
-            note="; ".join(notes),
-            compared=self._compared and not numberless,
-        )
-
-    @property
-    def _is_discrete(self) -> bool:
-        return self._found.kind in ("integer", "boolean", "string")
-
-    @property
-    def _is_share(self) -> bool:
-        return self._is_discrete and (self._is_index or self._found.kind != "integer")
-
-    @property
-    def _tolerance(self) -> float:
-        return self._discrete_tolerance if self._is_discrete else self._float_tolerance
 
 
 def _first(feeds: Iterable[Feed]) -> list[Feed]:
@@ -577,14 +444,6 @@ def _refused(reason: str, mode: Mode) -> Verification:
 def _clause(failure: OnnxOptError) -> str:
     """Turn the sentence of an error into a clause that others can follow."""
     return str(failure).rstrip(".")
-
-
-def _index(position: tuple[int | str, ...]) -> str:
-    return "[" + ", ".join(str(p) for p in position) + "]"
-
-
-def _percent(share: float) -> str:
-    return "none" if share == 0.0 else f"{share:.2g}" if share > 1 else f"{100 * share:.3g}%"
 
 
 def _sizes(model: ir.Model, feeds: Iterable[Feed]) -> tuple[tuple[str, tuple[int, ...]], ...]:

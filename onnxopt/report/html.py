@@ -11,9 +11,10 @@ from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
+    from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import PassReport, Site, Width
     from onnxopt.report.data import Candidate, Report, SearchReport
-    from onnxopt.verify import OutputDeviation, Verification
+    from onnxopt.verify import Verification
 
 EDITS = 500
 """Edits listed per pass; the JSON report has all."""

@@ -17,11 +17,12 @@ ELSEWHERE = 5
 """Nodes named that do not run on the chosen provider."""
 
 if TYPE_CHECKING:
+    from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import PassReport
     from onnxopt.measure import Latency, Measurement
     from onnxopt.metrics import MetricResult
     from onnxopt.report.data import Candidate, FloatLayer, Report, SearchReport, SlowPass
-    from onnxopt.verify import OutputDeviation, Verification
+    from onnxopt.verify import Verification
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -16,9 +16,10 @@ from rich.text import Text
 from onnxopt.report import summary, words
 
 if TYPE_CHECKING:
+    from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
     from onnxopt.report.data import Candidate, Environment, Report, SearchReport
-    from onnxopt.verify import OutputDeviation, Verification
+    from onnxopt.verify import Verification
 
 SITES = 2
 """Edits listed per pass unless all are asked for."""

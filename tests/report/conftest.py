@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from onnxopt.analysis.inspect import ModelStats
+from onnxopt.compare.tally import OutputDeviation
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site, Width
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
@@ -19,7 +20,7 @@ from onnxopt.report.data import (
     SearchReport,
     SlowPass,
 )
-from onnxopt.verify import OutputDeviation, Verification
+from onnxopt.verify import Verification
 
 LONG = "/encoder/layer.11/attention/self/query/some_very_long_component_name/Add_output_0"
 
