@@ -29,6 +29,7 @@ from onnxopt.pipeline import Pipeline
 from onnxopt.registry import nearest
 from onnxopt.report.data import Objective
 from onnxopt.runtime import RunOptions
+from onnxopt.trial import Denials
 from onnxopt.verify import Verification, Verifier
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
@@ -244,11 +245,11 @@ class Ground:
     bench: Bench
     ctx: Context
 
-    def run(self, pipeline: Pipeline) -> Callable[[manager.Denials, bool], manager.Outcome]:
+    def run(self, pipeline: Pipeline) -> Callable[[Denials, bool], manager.Outcome]:
         """Return what runs a pipeline with denials, verified when the flag is set."""
         judge, progress = self.bench.judge(self.budget), self.settings.progress
 
-        def run(denials: manager.Denials, verified: bool) -> manager.Outcome:
+        def run(denials: Denials, verified: bool) -> manager.Outcome:
             verdicts = judge() if verified else None
             return manager.run(self.start, pipeline.passes, self.ctx, verdicts, progress=progress, denials=denials)
 

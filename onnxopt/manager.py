@@ -10,35 +10,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import (
     AppliedEdit,
     Context,
     DroppedEdit,
-    Edit,
     GraphPass,
     Guarantee,
     PassReport,
     Progress,
-    Refusal,
     Silent,
-    Site,
-    Width,
 )
 from onnxopt.errors import VerificationError
 from onnxopt.pipeline import spec
-from onnxopt.proto.collector import garbage_collection_paused
+from onnxopt.trial import CRASHED, Crash, Denials, Numbered, Trial, attempt
 
 if TYPE_CHECKING:
     import onnx_ir as ir
-
-MAX_ROUNDS = 8
-"""A run of exact passes is repeated until it finds nothing more, at most this often."""
 
 MAX_GUILTY = 5
 """After this many guilty edits of one pass, an exact pass is dropped as a whole and a lossy one stops."""
@@ -48,9 +39,6 @@ MAX_UNEQUAL = 25
 
 UNEQUAL = "it does not compute what it should"
 """How the reason of an edit begins that does not equal its reference."""
-
-CRASHED = "crashed with"
-"""How the reason of what crashed begins."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,29 +65,6 @@ class Judge(Protocol):
         """
 
 
-@dataclasses.dataclass(slots=True)
-class Denials:
-    """What must not be done.
-
-    Attributes:
-        sites: Edits that were found guilty.
-        passes: Whole passes that were, by their position in the pipeline, and why.
-        spared: Sites that the user wants left alone, and in which words a report says so.
-    """
-
-    sites: dict[Site, DroppedEdit] = dataclasses.field(default_factory=dict)
-    passes: dict[int, str] = dataclasses.field(default_factory=dict)
-    spared: Mapping[Site, str] = dataclasses.field(default_factory=dict)
-
-    def deny(self, site: Site, summary: str, reason: str) -> None:
-        """Remember a guilty site."""
-        self.sites[site] = DroppedEdit(site, summary, reason)
-
-    def copy(self) -> Denials:
-        """Return a copy that can be added to."""
-        return Denials(dict(self.sites), dict(self.passes), self.spared)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """The last checkpoint and how it came about.
@@ -113,50 +78,6 @@ class Outcome:
     model: ir.Model
     passes: tuple[PassReport, ...]
     denials: Denials
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Applied:
-    position: int
-    site: Site
-    summary: str
-    widths: tuple[Width, ...]
-    repairs: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Crash:
-    position: int
-    site: Site | None
-    summary: str
-    reason: str
-
-
-@dataclasses.dataclass(slots=True)
-class _Trial:
-    """One way through a run of passes on one clone.
-
-    Attributes:
-        reference: Makes what the last edit says that the result must equal.
-        unrepaired: The model as it was before the first edit that repairs, and what it must equal.
-    """
-
-    model: ir.Model
-    reference: Callable[[], ir.Model] | None = None
-    unrepaired: tuple[ir.Model, ir.Model] | None = None
-    applied: list[_Applied] = dataclasses.field(default_factory=list)
-    refusals: dict[int, Counter[str]] = dataclasses.field(default_factory=dict)
-    skipped: dict[int, str] = dataclasses.field(default_factory=dict)
-    seconds: dict[int, float] = dataclasses.field(default_factory=dict)
-    crash: _Crash | None = None
-
-    @property
-    def culprits(self) -> list[_Applied]:
-        """The edits that can be to blame: those that do more than repair."""
-        return [edit for edit in self.applied if not edit.repairs]
-
-
-_Numbered = Sequence[tuple[int, GraphPass]]
 
 
 def run(
@@ -199,7 +120,7 @@ def run(
     return Outcome(checkpoint, tuple(_reports(passes, trials, denials)), denials)
 
 
-def _segments(passes: Sequence[GraphPass]) -> Iterable[_Numbered]:
+def _segments(passes: Sequence[GraphPass]) -> Iterable[Numbered]:
     """Group consecutive exact passes; every other pass stands alone and is judged alone."""
     numbered = enumerate(passes)
     for exact, group in itertools.groupby(numbered, key=lambda item: item[1].guarantee is Guarantee.EXACT):
@@ -211,17 +132,17 @@ def _segments(passes: Sequence[GraphPass]) -> Iterable[_Numbered]:
 
 def _settle(
     checkpoint: ir.Model,
-    segment: _Numbered,
+    segment: Numbered,
     ctx: Context,
     judge: Judge | None,
     denials: Denials,
     progress: Progress,
-) -> _Trial:
+) -> Trial:
     """Repeat trials, denying one culprit after the other, until one stands."""
     guarantee = segment[0][1].guarantee
     while True:
         progress.stage(segment[0][1].name if len(segment) == 1 else f"running {len(segment)} exact passes")
-        trial = _trial(checkpoint, segment, ctx, denials)
+        trial = attempt(checkpoint, segment, ctx, denials)
         if trial.crash is not None:
             _deny_crash(trial.crash, denials)
             continue
@@ -237,7 +158,7 @@ def _settle(
         _deny_guilty(segment, guilty, trial, denials)
 
 
-def _equal(judge: Judge, trial: _Trial) -> Verdict:
+def _equal(judge: Judge, trial: Trial) -> Verdict:
     """Judge a trial, as it was before repairs, by the reference that its edits name."""
     if trial.reference is None:
         return Verdict(True)
@@ -255,11 +176,11 @@ class _Guilty:
 
 def _bisect(
     checkpoint: ir.Model,
-    segment: _Numbered,
+    segment: Numbered,
     ctx: Context,
     judge: Judge,
     denials: Denials,
-    whole: _Trial,
+    whole: Trial,
     verdict: Verdict,
     progress: Progress,
     *,
@@ -274,7 +195,7 @@ def _bisect(
     progress.stage("looking for the edit to blame", total=failing.bit_length())
     while failing - passing > 1:
         middle = (passing + failing) // 2
-        trial = _trial(checkpoint, segment, ctx, denials, limit=middle, repairing=repairing)
+        trial = attempt(checkpoint, segment, ctx, denials, limit=middle, repairing=repairing)
         middle_verdict = judge(trial.model, segment[0][1].guarantee) if repairing else _equal(judge, trial)
         if middle_verdict.ok:
             passing = middle
@@ -288,7 +209,7 @@ def _bisect(
     return _Guilty(failing - 1, reason)
 
 
-def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: Denials) -> None:
+def _deny_guilty(segment: Numbered, guilty: _Guilty, trial: Trial, denials: Denials) -> None:
     edit = trial.culprits[guilty.index]
     denials.deny(edit.site, edit.summary, guilty.reason)
     unequal = guilty.reason.startswith(UNEQUAL)
@@ -308,7 +229,7 @@ def _deny_guilty(segment: _Numbered, guilty: _Guilty, trial: _Trial, denials: De
         denials.deny(later.site, later.summary, f"not kept after {convicted} edits {missed}")
 
 
-def _deny_crash(crash: _Crash, denials: Denials) -> None:
+def _deny_crash(crash: Crash, denials: Denials) -> None:
     if crash.site is None:
         denials.passes[crash.position] = crash.reason
         return
@@ -321,97 +242,7 @@ def _deny_crash(crash: _Crash, denials: Denials) -> None:
         )
 
 
-def _trial(
-    checkpoint: ir.Model,
-    segment: _Numbered,
-    ctx: Context,
-    denials: Denials,
-    limit: int | None = None,
-    *,
-    repairing: bool = True,
-) -> _Trial:
-    """Clone the checkpoint and run the passes on it, to a fixed point when they are exact.
-
-    Only the first `limit` edits are made, not counting those that repair, which are made when `repairing`.
-    """
-    trial = _Trial(clone(checkpoint))
-    rounds = MAX_ROUNDS if segment[0][1].guarantee is Guarantee.EXACT else 1
-    for _ in range(rounds):
-        before = len(trial.applied)
-        # Edits let more be known than what is remembered about the values they are behind.
-        ctx = dataclasses.replace(ctx, shapes=Shapes(trial.model))
-        for position, graph_pass in segment:
-            if position in denials.passes:
-                continue
-            finished = _run_pass(trial, position, graph_pass, ctx, denials, limit, repairing=repairing)
-            if not finished:
-                return trial
-        if len(trial.applied) == before:
-            break
-    return trial
-
-
-def _run_pass(
-    trial: _Trial,
-    position: int,
-    graph_pass: GraphPass,
-    ctx: Context,
-    denials: Denials,
-    limit: int | None,
-    *,
-    repairing: bool,
-) -> bool:
-    """Run one pass once; return False when the trial must end here (a crash, or the limit is reached)."""
-    start = time.perf_counter()
-    refusals: Counter[str] = Counter()
-    trial.refusals[position] = refusals
-    edit: Edit | None = None
-    try:
-        reason = graph_pass.skip_reason(trial.model, ctx)
-        if reason is not None:
-            trial.skipped[position] = reason
-            return True
-        trial.skipped.pop(position, None)
-        for item in graph_pass.run(trial.model, ctx):
-            if isinstance(item, Refusal):
-                refusals[item.reason] += 1
-            elif item.site in denials.spared:
-                refusals[denials.spared[item.site]] += 1
-            elif item.site not in denials.sites:
-                if item.repairs and not repairing:
-                    return True
-                if limit is not None and not item.repairs and len(trial.culprits) >= limit:
-                    if graph_pass.repairs and repairing:
-                        continue  # what is made so far is judged as it is when repaired
-                    return False
-                if item.repairs and trial.reference is not None and trial.unrepaired is None:
-                    trial.unrepaired = clone(trial.model), trial.reference()
-                edit = item
-                item.apply()
-                edit = None
-                trial.reference = item.reference or trial.reference
-                trial.applied.append(_Applied(position, item.site, item.summary, item.widths, item.repairs))
-        return True
-    except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal
-        reason = f"{CRASHED} {type(error).__name__}: {error}".strip().rstrip(":")
-        if edit is None:
-            trial.crash = _Crash(position, None, "", reason)
-        else:
-            trial.crash = _Crash(position, edit.site, edit.summary, reason)
-        return False
-    finally:
-        trial.seconds[position] = trial.seconds.get(position, 0.0) + time.perf_counter() - start
-
-
-def clone(model: ir.Model) -> ir.Model:
-    """Copy a model's graphs; tensors are shared."""
-    with garbage_collection_paused():
-        copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
-
-
-def _reports(passes: Sequence[GraphPass], trials: Sequence[_Trial], denials: Denials) -> Iterable[PassReport]:
+def _reports(passes: Sequence[GraphPass], trials: Sequence[Trial], denials: Denials) -> Iterable[PassReport]:
     """Sum up what the standing trials did, pass by pass."""
     applied: dict[int, list[AppliedEdit]] = {}
     refusals: dict[int, Counter[str]] = {}

@@ -25,6 +25,7 @@ from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, S
 from onnxopt.report.environment import environment
 from onnxopt.runtime import RunOptions
 from onnxopt.search.hunt import Hunt, any_learns, proposals
+from onnxopt.trial import Denials
 from onnxopt.verify import Verification
 
 
@@ -41,7 +42,7 @@ class Result:
     report: Report
 
 
-Deny = Callable[[ir.Model, Context], manager.Denials]
+Deny = Callable[[ir.Model, Context], Denials]
 """Says what must not be done to a model."""
 
 Settle = Callable[
@@ -178,7 +179,7 @@ def carry_out(
     ground = prepare(model, settings, lambda _: any(p.wants_data() for p in pipeline.passes))
     bench = ground.bench
     with ground.clock("passes"):
-        outcome = ground.run(pipeline)(manager.Denials() if deny is None else deny(ground.start, ground.ctx), True)
+        outcome = ground.run(pipeline)(Denials() if deny is None else deny(ground.start, ground.ctx), True)
     with ground.clock("measure"):
         outcome, measurement, slow = _settle(
             bench, outcome, pipeline.passes, ground.run(pipeline), settle, settings.progress
@@ -205,7 +206,7 @@ def _replay(model: Source, patch: str | os.PathLike[str], settings: Settings, to
     bench, progress = ground.bench, settings.progress
     with ground.clock("passes"):
         result, history = apply_patch(ground.source, patch)
-        outcome = manager.Outcome(result, (), manager.Denials())
+        outcome = manager.Outcome(result, (), Denials())
     with ground.clock("measure"):
         progress.stage("measuring")
         measurement = None if bench.not_measured else bench.measure(result, progress)
@@ -239,11 +240,11 @@ def _search(model: Source, settings: Settings) -> Result:
     if ground.bench.not_verified or ground.bench.not_measured:
         reason = ground.bench.not_verified or ground.bench.not_measured
         with ground.clock("passes"):
-            outcome = ground.run(lossless)(manager.Denials(), True)
+            outcome = ground.run(lossless)(Denials(), True)
         note = f"Nothing was searched, because candidates could not be run: {reason}"
         return _result(ground, lossless, outcome, None, (), None, None, notes=(note,))
     with ground.clock("passes"):
-        base = ground.run(lossless)(manager.Denials(), True)
+        base = ground.run(lossless)(Denials(), True)
     with ground.clock("measure"):
         base, measurement, slow = _settle(
             ground.bench, base, lossless.passes, ground.run(lossless), slowness.settle, settings.progress

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.manager import MAX_ROUNDS, clone
 from onnxopt.pipeline import make_pass, spec
 from onnxopt.registry import entries
+from onnxopt.trial import MAX_ROUNDS, clone
 
 if TYPE_CHECKING:
     import onnx_ir as ir

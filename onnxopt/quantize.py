@@ -21,6 +21,7 @@ from onnxopt.optimize import Result, carry_out
 from onnxopt.pipeline import Pipeline, make_pass
 from onnxopt.registry import nearest
 from onnxopt.search.arithmetic import overflows_here
+from onnxopt.trial import Denials
 
 Mode = Literal["static", "dynamic", "weights", "matmul", "float16", "fp16-storage"]
 Granularity = Literal["tensor", "channel"]
@@ -225,7 +226,7 @@ def quantize(
     pipeline = scheme.pipeline(target, simplify=simplify, data=data is not None)
     selection = Selection(tuple(only), tuple(exclude))
 
-    def deny(start: ir.Model, ctx: Context) -> manager.Denials:
+    def deny(start: ir.Model, ctx: Context) -> Denials:
         return _denials(start, ctx, pipeline, selection)
 
     result = carry_out(model, pipeline, settings, deny=deny, settle=slowness.accept)
@@ -238,14 +239,14 @@ def quantize(
     return result
 
 
-def _denials(start: ir.Model, ctx: Context, pipeline: Pipeline, selection: Selection) -> manager.Denials:
+def _denials(start: ir.Model, ctx: Context, pipeline: Pipeline, selection: Selection) -> Denials:
     """Return the sites that the user spares.
 
     Raises:
         UsageError: If a pattern fits no name.
     """
     if not (selection.only or selection.exclude):
-        return manager.Denials()
+        return Denials()
     exact = [p for p in pipeline.passes if p.guarantee is Guarantee.EXACT]
     lossy = [p for p in pipeline.passes if p.guarantee is not Guarantee.EXACT]
     simplified = manager.run(start, exact, ctx).model
@@ -259,7 +260,7 @@ def _denials(start: ir.Model, ctx: Context, pipeline: Pipeline, selection: Selec
     sites: dict[Site, str] = {
         Site(p.name, graph, output): reason for p in lossy for (graph, output), reason in spared.items()
     }
-    return manager.Denials(spared=sites)
+    return Denials(spared=sites)
 
 
 def _why(done: PassReport) -> str:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxopt.contract import GraphPass
-    from onnxopt.manager import Denials, Outcome
+    from onnxopt.manager import Outcome
     from onnxopt.measure import Measurement
+    from onnxopt.trial import Denials
 
 Measure = Callable[["ir.Model"], "Measurement"]
 """Times a model against the original."""

@@ -18,7 +18,7 @@ LAYERS = [
     {"passes", "session", "runtime"},
     {"model", "external", "opset", "fix_shape", "unite", "inputs", "feeds"},
     {"calibrate", "compare", "patch", "timing", "verify", "measure", "metrics"},
-    {"manager", "heads"},
+    {"trial", "manager", "heads"},
     {"judge", "report", "preview"},
     {"slowness", "ground", "graft", "training"},
     {"search", "transfer", "advice"},

@@ -23,6 +23,7 @@ from onnxopt.model import model_bytes
 from onnxopt.runtime import RunOptions, open_session
 from onnxopt.search.candidates import HELPERS, KEEP, TIDYING, Proposal
 from onnxopt.search.decision import Limits, Record, Speed
+from onnxopt.trial import Denials
 from onnxopt.verify import LOSSY_FEEDS, Verifier
 
 SCREEN_SECONDS = 1.5
@@ -125,7 +126,7 @@ class RuntimeLab:
     def _run(self, proposal: Proposal, spared: Mapping[Site, str], ctx: Context) -> manager.Outcome:
         base, passes = self._bench.base, proposal.pipeline.passes
         ctx = dataclasses.replace(ctx, shapes=Shapes(base))
-        denials = manager.Denials(spared=spared)
+        denials = Denials(spared=spared)
         return manager.run(base, passes, ctx, None, progress=self._progress, denials=denials)
 
     def keep(self, speed: Speed) -> Record:

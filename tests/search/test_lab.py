@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
-from onnxopt.manager import Denials, Outcome
+from onnxopt.manager import Outcome
 from onnxopt.search.candidates import Proposal
 from onnxopt.search.lab import IdlePassError, NothingToDoError, _require_edits
+from onnxopt.trial import Denials
 
 SITE = Site("p", "", "y")
 EDIT = (AppliedEdit(SITE, "done"),)
