@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.proto.collector import garbage_collection_paused
+
 STANDARD_DOMAINS = ("", "ai.onnx")
 RANDOM_OPS = frozenset(
     [
@@ -92,7 +94,8 @@ def _with_inner(scope: Scope) -> Iterator[Scope]:
 
 def copied(model: ir.Model) -> ir.Model:
     """Return a copy of a model's graphs; tensors are shared."""
-    copy = model.clone()
+    with garbage_collection_paused():
+        copy = model.clone()
     copy.meta.update(model.meta)
     return copy
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
+from onnxopt.graph import copied
 from onnxopt.pipeline import make_pass, spec
 from onnxopt.registry import entries
-from onnxopt.trial import MAX_ROUNDS, clone
+from onnxopt.trial import MAX_ROUNDS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -56,7 +57,7 @@ def preview(model: ir.Model, passes: Sequence[GraphPass], ctx: Context) -> tuple
         passes: The passes. Exact ones are repeated until they find nothing more, as in a real run.
         ctx: What passes may know.
     """
-    trial = clone(model)
+    trial = copied(model)
     return tuple(_preview(trial, graph_pass, ctx, apply=True) for graph_pass in passes)
 
 
@@ -73,7 +74,7 @@ def _survey(model: ir.Model, name: str, ctx: Context) -> Preview:
         graph_pass = make_pass(name, {})
     except UsageError as error:  # it has options without which it does nothing, or cannot be imported
         return Preview(name, name, "", str(error), "", (), ())
-    return _preview(clone(model), graph_pass, ctx, apply=graph_pass.guarantee is Guarantee.EXACT)
+    return _preview(copied(model), graph_pass, ctx, apply=graph_pass.guarantee is Guarantee.EXACT)
 
 
 def _preview(trial: ir.Model, graph_pass: GraphPass, ctx: Context, *, apply: bool) -> Preview:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, DroppedEdit, Edit, GraphPass, Guarantee, Refusal, Site, Width
-from onnxopt.proto.collector import garbage_collection_paused
+from onnxopt.graph import copied
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -106,7 +106,7 @@ def attempt(
 
     Only the first `limit` edits are made, not counting those that repair, which are made when `repairing`.
     """
-    trial = Trial(clone(checkpoint))
+    trial = Trial(copied(checkpoint))
     rounds = MAX_ROUNDS if segment[0][1].guarantee is Guarantee.EXACT else 1
     for _ in range(rounds):
         before = len(trial.applied)
@@ -157,7 +157,7 @@ def _run_pass(
                         continue  # what is made so far is judged as it is when repaired
                     return False
                 if item.repairs and trial.reference is not None and trial.unrepaired is None:
-                    trial.unrepaired = clone(trial.model), trial.reference()
+                    trial.unrepaired = copied(trial.model), trial.reference()
                 edit = item
                 item.apply()
                 edit = None
@@ -173,11 +173,3 @@ def _run_pass(
         return False
     finally:
         trial.seconds[position] = trial.seconds.get(position, 0.0) + time.perf_counter() - start
-
-
-def clone(model: ir.Model) -> ir.Model:
-    """Copy a model's graphs; tensors are shared."""
-    with garbage_collection_paused():
-        copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors"},
     {"contract"},
-    {"graph", "registry", "numeric", "probe", "proto"},
+    {"textfile", "graph", "registry", "numeric", "probe", "proto"},
     {"rewrite", "instantiate", "analysis", "pipeline"},
     {"coupling", "repair", "qdq"},
     {"allocation"},

@@ -10,6 +10,7 @@ import click
 from onnxopt.cli import files, options, written
 from onnxopt.cli.output import show
 from onnxopt.cli.progress import drawing
+from onnxopt.textfile import write_text
 
 _EPILOG = """
 \b
@@ -49,7 +50,7 @@ def command(model: str, reports: tuple[str, ...], quiet: bool, **settings: Any) 
     with drawing(quiet=quiet) as progress:
         advice = advise(model, progress=progress, **settings)
     for path in kept:
-        files.write_text(path, to_json(advice) if path.suffix.lower() == ".json" else to_html(advice))
+        write_text(path, to_json(advice) if path.suffix.lower() == ".json" else to_html(advice))
         written().append(str(path))
     if quiet:
         return

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from onnxopt.cli.files import write_text
 from onnxopt.errors import UsageError
+from onnxopt.textfile import write_text
 
 if TYPE_CHECKING:
     import onnx_ir as ir

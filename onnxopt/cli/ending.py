@@ -14,6 +14,7 @@ from onnxopt.cli.output import show
 from onnxopt.cli.progress import drawing
 from onnxopt.errors import UsageError, VerificationError
 from onnxopt.report.words import count
+from onnxopt.textfile import write_text
 
 if TYPE_CHECKING:
     from onnxopt.contract import Progress
@@ -154,7 +155,7 @@ def _write_report(report: Report, path: Path) -> None:
         from onnxopt.report.html import to_html
 
         text = to_html(report)
-    files.write_text(path, text)
+    write_text(path, text)
     written().append(str(path))
 
 

@@ -11,6 +11,7 @@ import click
 from onnxopt.cli import files, options, written
 from onnxopt.cli.output import show
 from onnxopt.cli.progress import drawing
+from onnxopt.textfile import write_text
 
 if TYPE_CHECKING:
     from onnxopt.report.head import HeadReport
@@ -84,7 +85,7 @@ def command(
 def _write_report(report: HeadReport, path: Path) -> None:
     from onnxopt.report.head import to_html, to_json
 
-    files.write_text(path, to_json(report) if path.suffix.lower() == ".json" else to_html(report))
+    write_text(path, to_json(report) if path.suffix.lower() == ".json" else to_html(report))
     written().append(str(path))
 
 

@@ -75,8 +75,9 @@ def command(
     Layers are matched by their place in the graph, not by name: SRC and DST may come from different exporters, be
     optimized, quantized or retrained. Without --output nothing is written: the report shows what would be.
     """
-    from onnxopt.cli.files import destination, write_text
+    from onnxopt.cli.files import destination
     from onnxopt.cli.running import feeds_of, options_of
+    from onnxopt.textfile import write_text
     from onnxopt.transfer.run import transfer
 
     goal = destination(src, output, in_place=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from onnxopt.metrics import MetricResult
 from onnxopt.report.data import FloatLayer
 from onnxopt.report.json import dump, plain
 from onnxopt.search.decision import Record, Speed
+from onnxopt.textfile import write_text
 
 FORMAT = 2
 
@@ -64,8 +63,12 @@ class State:
         self._save()
 
     def _save(self) -> None:
-        if self._path is not None:
-            _write(self._path, dump({"format": FORMAT, "key": self._key, "records": self._records}))
+        if self._path is None:
+            return
+        try:
+            write_text(self._path, dump({"format": FORMAT, "key": self._key, "records": self._records}))
+        except OutputError as error:
+            raise OutputError(f"The state of the search cannot be kept: {error}") from error
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:
@@ -78,24 +81,6 @@ def _read(path: Path, key: str) -> dict[str, Any]:
         return {}
     records = content.get("records")
     return records if isinstance(records, dict) else {}
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file as a whole."""
-    temporary: Path | None = None
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", encoding="utf-8", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            file.write(text)
-        temporary.replace(path)
-    except OSError as error:
-        raise OutputError(f"The state of the search cannot be written to {path}: {error.strerror or error}.") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
 
 def _record(content: dict[str, Any]) -> Record:

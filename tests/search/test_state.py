@@ -54,7 +54,7 @@ def test_damaged_files_are_started_anew(tmp_path: Path, content: str) -> None:
 
 
 def test_a_file_that_cannot_be_written_is_said_before_the_search(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="The state of the search cannot be written to"):
+    with pytest.raises(OutputError, match="The state of the search cannot be kept: .* cannot be written"):
         State(tmp_path / "missing" / "s.json", "key")
 
 
