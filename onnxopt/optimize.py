@@ -25,6 +25,7 @@ from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, S
 from onnxopt.report.environment import environment
 from onnxopt.runtime import RunOptions
 from onnxopt.search.hunt import Hunt, any_learns, proposals
+from onnxopt.search.rivals import compared
 from onnxopt.trial import Denials
 from onnxopt.verify import Verification
 
@@ -189,7 +190,11 @@ def carry_out(
         verification = bench.verify(outcome, pipeline.passes, ground.budget)
         not_run = bench.branches_not_run(outcome.model)
         metric = _metric(ground.reference, outcome.model, ground.budget, ground.options, bench)
-    notes = (not_run,) if not_run else ()
+    with ground.clock("comparison"):
+        comparison = compared(ground, outcome, measurement)
+    if not comparison:
+        ground.clock.seconds.pop()
+    notes = tuple(filter(None, (not_run, comparison)))
     return _result(ground, pipeline, outcome, measurement, slow, verification, metric, notes=notes)
 
 

@@ -21,6 +21,7 @@ from onnxopt.search.summary import summarize
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from onnxopt.contract import Progress
     from onnxopt.feeds import Data, Feed
     from onnxopt.ground import Ground, Settings
     from onnxopt.measure import Measurement
@@ -39,6 +40,43 @@ def any_learns(found: Sequence[Proposal]) -> bool:
     return any(p.learns for p in found)
 
 
+def laboratory(
+    ground: Ground, base: ir.Model, limits: Limits, metric: str | None, progress: Progress
+) -> lab.RuntimeLab:
+    """Return what builds and judges candidates.
+
+    Args:
+        ground: The models, the inputs and the options.
+        base: The lossless result, on which lossy passes run.
+        limits: The budget.
+        metric: Name of the metric; None for none.
+        progress: Told what is being done.
+    """
+    settings, data = ground.settings, ground.budget.data
+    evaluator = None
+    if metric is not None and data is not None:
+        labels = ground.budget.labels
+        evaluator = Evaluator(ground.reference, data, labels, metric, ground.options, seed=settings.seed)
+    few = ground.bench.generated if ground.parts is None else list(ground.parts.calibration.take(lab.FEW_SAMPLES))
+    bench = lab.Bench(
+        reference=ground.reference,
+        base=base,
+        options=ground.options,
+        ctx=ground.ctx,
+        few=few,
+        judging=_judging(ground),
+        limits=limits,
+        evaluator=evaluator,
+        feed=ground.bench.typical,
+        seed=settings.seed,
+    )
+    return lab.RuntimeLab(bench, progress)
+
+
+def _judging(ground: Ground) -> Data | list[Feed]:
+    return ground.samples if ground.samples is not None else ground.bench.generated
+
+
 class Hunt:
     """One search on prepared ground."""
 
@@ -52,30 +90,10 @@ class Hunt:
         """
         self._ground, self._base, self._measurement = ground, base, measurement
         self._progress = Labelled(ground.settings.progress)
-        budget, settings = ground.budget, ground.settings
+        budget = ground.budget
         self._limits = Limits(budget.max_error, budget.max_drop)
-        evaluator = None
-        if budget.metric is not None and budget.data is not None:
-            evaluator = Evaluator(
-                ground.reference, budget.data, budget.labels, budget.metric, ground.options, seed=settings.seed
-            )
-        few = ground.bench.generated if ground.parts is None else list(ground.parts.calibration.take(lab.FEW_SAMPLES))
-        self._judging: Data | list[Feed] = ground.samples if ground.samples is not None else ground.bench.generated
-        self._lab = lab.RuntimeLab(
-            lab.Bench(
-                reference=ground.reference,
-                base=base.model,
-                options=ground.options,
-                ctx=ground.ctx,
-                few=few,
-                judging=self._judging,
-                limits=self._limits,
-                evaluator=evaluator,
-                feed=ground.bench.typical,
-                seed=settings.seed,
-            ),
-            self._progress,
-        )
+        self._judging = _judging(ground)
+        self._lab = laboratory(ground, base.model, self._limits, budget.metric, self._progress)
 
     def run(self) -> tuple[Found, manager.Outcome, Measurement]:
         """Return what was found, the winner, and its measurement, which is not the one it won by."""

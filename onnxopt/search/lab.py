@@ -137,7 +137,7 @@ class RuntimeLab:
             RuntimeFailure: If it does not run.
         """
         base = self._bench.base
-        record = self._judged(Record(KEEP.name, KEEP.passes, bytes=model_bytes(base), speed=speed), base)
+        record = self.assess(Record(KEEP.name, KEEP.passes, bytes=model_bytes(base), speed=speed), base)
         return dataclasses.replace(record, failure="")
 
     def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
@@ -146,7 +146,7 @@ class RuntimeLab:
         try:
             model = self.build(proposal, spared).model
             record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, SCREEN_SECONDS))
-            return record if record.slower else self._judged(record, model)
+            return record if record.slower else self.assess(record, model)
         except OnnxOptError as error:
             return _failed(record, error)
 
@@ -155,11 +155,17 @@ class RuntimeLab:
         record = Record(proposal.name, proposal.passes)
         try:
             model = self.build(proposal, spared).model
-            return self._judged(dataclasses.replace(record, bytes=model_bytes(model)), model)
+            return self.assess(dataclasses.replace(record, bytes=model_bytes(model)), model)
         except OnnxOptError as error:
             return _failed(record, error)
 
-    def _judged(self, record: Record, model: ir.Model) -> Record:
+    def assess(self, record: Record, model: ir.Model) -> Record:
+        """Add to what is known about a candidate how far its outputs are off and what that costs.
+
+        Raises:
+            DataError: If the metric does not fit the model or its labels.
+            RuntimeFailure: If it does not run.
+        """
         worst, complaint = self._worst(model)
         if complaint:
             return dataclasses.replace(record, worst=worst, failure=complaint)
@@ -203,11 +209,15 @@ class RuntimeLab:
         """Measure the speed of a candidate precisely."""
         return self._timed(self.build(proposal, spared).model, PRECISE_SECONDS)
 
-    def _timed(self, model: ir.Model, seconds: float) -> Speed:
-        """Time a candidate against the original; a first look that sees it slower by a little is repeated."""
+    def against(self, model: ir.Model, proposal: Proposal) -> Speed:
+        """Measure the time of a model by that of a candidate, in turns."""
+        return self._timed(model, PRECISE_SECONDS, self.build(proposal, {}).model)
+
+    def _timed(self, model: ir.Model, seconds: float, reference: ir.Model | None = None) -> Speed:
+        """Time a candidate against the original or another model, again if a first look sees it slower by a little."""
         precise = seconds > SCREEN_SECONDS
         found = measure(
-            self._bench.reference,
+            reference or self._bench.reference,
             model,
             feed=self._bench.feed,
             options=self._bench.options,

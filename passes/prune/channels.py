@@ -24,11 +24,6 @@ from onnxopt.graph import constant_tensor, copied, scopes
 from onnxopt.repair.targets import repair_all
 
 DEFAULT_RATIO = 0.5
-QUANTIZE_FIRST = (
-    "Compare the result with `onnxopt quantize` alone, which was faster and closer to the original on a text "
-    "recognizer and on a sentence encoder."
-)
-"""Measured; the table is in the README."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,10 +98,11 @@ class PruneChannels(GraphPass):
     def caveat(self) -> str:
         """Say that accuracy is to be repaired."""
         if self.repair:
-            told = "outputs move; only where there is data are layers fitted to make up for it."
-        else:
-            told = "outputs move, mostly by much; repair or train the model afterwards before you trust it."
-        return f"prune-channels: {told} {QUANTIZE_FIRST}"
+            return (
+                "prune-channels: outputs move; where there is real data, layers are fitted to make up for it, and the "
+                "result is compared with quantization alone."
+            )
+        return "prune-channels: outputs move, mostly by much; repair or train the model afterwards before you trust it."
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together, and the layers that must stay as they are."""
