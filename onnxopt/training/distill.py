@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 import onnx
@@ -15,11 +15,11 @@ import onnx_ir as ir
 from onnxopt import runtime
 from onnxopt.analysis.task import class_scores, main_output
 from onnxopt.analysis.weights import FLOATS
-from onnxopt.contract import Progress
 from onnxopt.errors import DataError, UsageError
 from onnxopt.feeds import Feed
 from onnxopt.model import load
 from onnxopt.training.examples import Source, load_examples
+from onnxopt.training.options import TrainingOptions
 from onnxopt.training.requirement import require_torch
 from onnxopt.training.trained import Trained
 
@@ -29,32 +29,18 @@ if TYPE_CHECKING:
 
 Model = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 
+OWN = TrainingOptions(epochs=100, patience=25, weight_decay=0.0, validation=0.1, mix=1.0)
+"""Defaults of distillation."""
+
 
 def distill(
     teacher: Model,
     student: Model,
     data: Source,
     *,
-    epochs: int = 100,
-    learning_rate: float = 1e-3,
-    batch: int = 32,
     temperature: float = 4.0,
     hidden: Sequence[str] = (),
-    weight_decay: float = 0.0,
-    warmup: float = 0.1,
-    layer_decay: float = 1.0,
-    clip: float = 1.0,
-    train: Sequence[str] = (),
-    freeze: Sequence[str] = (),
-    validation: float = 0.1,
-    patience: int = 25,
-    shift: int = 0,
-    noise: float = 0.0,
-    mix: float = 1.0,
-    seed: int = 0,
-    threads: int = 1,
-    checkpoint: str | os.PathLike[str] | None = None,
-    progress: Progress | None = None,
+    **options: Unpack[TrainingOptions],
 ) -> Trained:
     """Train a student's parameters so that it computes what a teacher computes; no labels are needed.
 
@@ -67,26 +53,10 @@ def distill(
         teacher: The model to imitate, for example the original of a pruned one.
         student: The model to train, with the same inputs and outputs. Neither is changed.
         data: Samples, as `finetune` takes them; labels among them are not looked at.
-        epochs: Passes over the samples, at most.
-        learning_rate: Of the last layer, at its highest.
-        batch: Samples per step.
         temperature: Scores are divided by it before they are compared.
         hidden: Patterns of names of values inside; those that both models have, in the same shape, are compared too.
-        weight_decay: Decay of matrices.
-        warmup: Share of the steps over which the learning rate rises.
-        layer_decay: Factor of the learning rate from a layer to the one before it.
-        clip: Largest norm of the gradient.
-        train: Patterns of the names of parameters that are trained; all by default.
-        freeze: Patterns of those that are not.
-        validation: Share of the samples that judge and are not learnt from; 0 for none.
-        patience: Epochs without a better state after which training ends.
-        shift: Pixels by which images move at random.
-        noise: Noise that is added to inputs, as a fraction of their standard deviation.
-        mix: Parameter of the beta distribution by which samples are mixed; 0 for none.
-        seed: The same seed gives the same result on the same machine.
-        threads: Threads of torch and of the runtime.
-        checkpoint: File for the state after each epoch, in the safetensors format; training goes on from it.
-        progress: Told what is being done.
+        **options: How to train; see `TrainingOptions`. By default 100 epochs with a patience of 25, no weight decay,
+            mixtures of samples (`mix=1`), and a tenth of the samples for validation.
 
     Raises:
         UsageError: If torch is missing, or an option cannot be used.
@@ -96,40 +66,19 @@ def distill(
         VerificationError: If torch computes something else than the runtime.
     """
     require_torch("Distillation")
-    from onnxopt.training.augment import Augmentation
     from onnxopt.training.imitation import Imitation
-    from onnxopt.training.recipe import Recipe
-    from onnxopt.training.run import Lesson, Settings, interpreted, teach, using_threads
+    from onnxopt.training.run import Lesson, interpreted, teach, using_threads
+    from onnxopt.training.settings import settings
 
-    settings = Settings(
-        recipe=Recipe(
-            epochs=epochs,
-            learning_rate=learning_rate,
-            batch=batch,
-            weight_decay=weight_decay,
-            warmup=warmup,
-            layer_decay=layer_decay,
-            clip=clip,
-            patience=patience,
-            blend=1.0,
-            seed=seed,
-        ),
-        augmentation=Augmentation(shift=shift, noise=noise, mix=mix),
-        train=train,
-        freeze=freeze,
-        validation=validation,
-        threads=threads,
-        checkpoint=checkpoint,
-        progress=progress,
-    )
+    how = settings(options, OWN)
     if not temperature > 0:
         raise UsageError(f"temperature must be above 0, not {temperature}.", "temperature")
     models = load(teacher), load(student)
     _require_same_inputs(*models)
     examples = dataclasses.replace(load_examples(models[1], data, None), labels=None)
-    with using_threads(threads), runtime.open_session(models[0], settings.options, optimized=True) as session:
+    with using_threads(how.threads), runtime.open_session(models[0], how.options, optimized=True) as session:
         one, two = (
-            interpreted(model, examples, settings, f"the {name}")
+            interpreted(model, examples, how, f"the {name}")
             for name, model in zip(("teacher", "student"), models, strict=True)
         )
         targets = _Comparison(one, two, examples.feeds[0]).targets(hidden, temperature)
@@ -151,7 +100,7 @@ def distill(
             right=right,
             key=(tuple(hidden), temperature),
         )
-        return teach(two, lesson, examples, settings)
+        return teach(two, lesson, examples, how)
 
 
 def _require_same_inputs(teacher: ir.Model, student: ir.Model) -> None:

@@ -5,69 +5,29 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from onnxopt import runtime
-from onnxopt.contract import Progress, Silent
-from onnxopt.errors import NothingDoneError, UsageError
+from onnxopt.errors import NothingDoneError
 from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions
-from onnxopt.training.augment import Augmentation
 from onnxopt.training.examples import Examples, split
 from onnxopt.training.fit import fit
 from onnxopt.training.forward import agreement, require_agreement
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.parameters import choose, find_parameters, with_parameters
 from onnxopt.training.problem import EVALUATION_BATCH, Aim, Problem
-from onnxopt.training.recipe import Recipe
+from onnxopt.training.settings import Settings
 from onnxopt.training.trainable import Trainable, trainable, values_of
 from onnxopt.training.trained import Score, Trained, score
 
 FEEDS_TO_CHECK = 4
 """On so many samples torch and the runtime are compared, before and after."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What the trainings of all kinds have in common.
-
-    Attributes:
-        recipe: How parameters are optimized.
-        augmentation: What is done to samples at random.
-        train: Patterns of the names of parameters that are trained; all when there are none.
-        freeze: Patterns of those that are not.
-        validation: Share of the samples that judge and are not learnt from.
-        threads: Threads of torch and of the runtime.
-        checkpoint: File for the state after each epoch.
-        progress: Told what is being done.
-    """
-
-    recipe: Recipe
-    augmentation: Augmentation
-    train: Sequence[str]
-    freeze: Sequence[str]
-    validation: float
-    threads: int
-    checkpoint: str | os.PathLike[str] | None
-    progress: Progress | None
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.validation < 1:
-            raise UsageError(f"validation must be at least 0 and below 1, not {self.validation}.", "validation")
-        if self.threads < 1:
-            raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
-
-    @property
-    def options(self) -> RunOptions:
-        """How the runtime runs models."""
-        return RunOptions(threads=self.threads)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -134,8 +94,8 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         Problem(lesson.aim, learning, judging, settings.augmentation),
         trained,
         settings.recipe,
-        settings.progress or Silent(),
-        checkpoint=None if settings.checkpoint is None else Path(settings.checkpoint),
+        settings.progress,
+        checkpoint=settings.checkpoint,
         key=_fingerprint(trained, examples, settings, lesson.key),
     )
     result = with_parameters(model, found.values)

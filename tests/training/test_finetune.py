@@ -295,6 +295,11 @@ def test_refusals(
         finetune(network, data, labels, **options)
 
 
+def test_an_option_that_does_not_exist_is_named(network: onnx.ModelProto, blobs: Blobs) -> None:
+    with pytest.raises(TypeError, match='There is no option "epoch". Did you mean "epochs"'):
+        finetune(network, *blobs, epoch=3)  # type: ignore[call-arg]
+
+
 def test_a_model_without_parameters_is_refused() -> None:
     text = '<ir_version: 8, opset_import: ["" : 17]> g (float[b, 2] x) => (float[b, 2] y) { y = Relu (x) }'
     with pytest.raises(NothingDoneError, match="no floating-point parameters"):

@@ -1,0 +1,91 @@
+"""Options of a training, checked and in the form that its parts take."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from onnxopt.contract import Progress, Silent
+from onnxopt.errors import UsageError
+from onnxopt.registry import nearest
+from onnxopt.runtime import RunOptions
+from onnxopt.training.augment import Augmentation
+from onnxopt.training.options import DEFAULTS, TrainingOptions
+from onnxopt.training.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the trainings of all kinds have in common.
+
+    Attributes:
+        recipe: How parameters are optimized.
+        augmentation: What is done to samples at random.
+        train: Patterns of the names of parameters that are trained; all when there are none.
+        freeze: Patterns of those that are not.
+        validation: Share of the samples that judge and are not learnt from.
+        threads: Threads of torch and of the runtime.
+        checkpoint: File for the state after each epoch.
+        progress: Told what is being done.
+    """
+
+    recipe: Recipe
+    augmentation: Augmentation
+    train: Sequence[str]
+    freeze: Sequence[str]
+    validation: float
+    threads: int
+    checkpoint: Path | None
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise UsageError(f"validation must be at least 0 and below 1, not {self.validation}.", "validation")
+        if self.threads < 1:
+            raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
+
+    @property
+    def options(self) -> RunOptions:
+        """How the runtime runs models."""
+        return RunOptions(threads=self.threads)
+
+
+def settings(given: TrainingOptions, own: TrainingOptions, *, blend: float = 1.0) -> Settings:
+    """Return the settings of a training.
+
+    Args:
+        given: What the caller asked for.
+        own: Defaults of this kind of training, where they differ from those of all.
+        blend: How far the result goes from what was there to what was trained.
+
+    Raises:
+        TypeError: If there is no option of a name.
+        UsageError: If an option cannot be used.
+    """
+    for name in given:
+        if name not in DEFAULTS:
+            raise TypeError(f'There is no option "{name}".{nearest(name, list(DEFAULTS))}')
+    chosen: TrainingOptions = {**DEFAULTS, **own, **given}
+    checkpoint = chosen["checkpoint"]
+    return Settings(
+        recipe=Recipe(
+            epochs=chosen["epochs"],
+            learning_rate=chosen["learning_rate"],
+            batch=chosen["batch"],
+            weight_decay=chosen["weight_decay"],
+            warmup=chosen["warmup"],
+            layer_decay=chosen["layer_decay"],
+            clip=chosen["clip"],
+            patience=chosen["patience"],
+            blend=blend,
+            seed=chosen["seed"],
+        ),
+        augmentation=Augmentation(shift=chosen["shift"], noise=chosen["noise"], mix=chosen["mix"]),
+        train=chosen["train"],
+        freeze=chosen["freeze"],
+        validation=chosen["validation"],
+        threads=chosen["threads"],
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        progress=chosen["progress"] or Silent(),
+    )
