@@ -13,9 +13,10 @@ import onnx_ir as ir
 
 from onnxopt.contract import Calibration
 from onnxopt.coupling.activity import multiplied
-from onnxopt.coupling.analysis import Coupling, Group, Member
+from onnxopt.coupling.analysis import Coupling, Group
+from onnxopt.coupling.builder import Sink, label
 from onnxopt.coupling.partition import Ints
-from onnxopt.graph import is_op, scopes
+from onnxopt.graph import Scope, is_op, scopes
 from onnxopt.numeric.elimination import Consumer
 from onnxopt.numeric.gram import Gram
 from onnxopt.numeric.least_squares import PORTION, Change
@@ -29,6 +30,7 @@ MOST_INPUTS = 4608
 """Groups with a consumer of more inputs are judged without one: inverting its covariance would take minutes."""
 LEAST_ROWS, ROWS = 4096, 8
 """Positions that are looked at: at least so many, and so many per channel."""
+NO_LAYER = "not a linear layer with a constant weight and a computed input"
 SEEN = 2
 """Positions per input that must have been seen before inputs are fitted to one another freely."""
 
@@ -63,40 +65,75 @@ class Outlet:
         return np.stack([np.flatnonzero(self.units == unit) for unit in range(int(self.units.max()) + 1)])
 
 
-def outlets(model: ir.Model, coupling: Coupling) -> Mapping[str, tuple[Outlet, ...]]:
-    """Return the layers behind each group; none for a group of which not all can be read as linear layers."""
+def outlets(model: ir.Model, coupling: Coupling) -> Mapping[str, tuple[Outlet, ...] | str]:
+    """Return the layers behind each group, or why not all of them can be read as linear layers."""
     scope = next(iter(scopes(model)))
-    layers: dict[ir.Node, Layer | str | None] = {}
-    users: dict[tuple[ir.Value, int], list[Layer | str | None]] = {}
+    layers: dict[ir.Node, Layer | str] = {}
+    takers: dict[str, list[tuple[Sink, Ints]]] = {group.name: [] for group in coupling.groups}
+    groups = _Members(coupling.groups)
     for sink in coupling.sinks:
-        value, place = sink.node.inputs[sink.index], multiplied(sink)
-        if value is None:
+        value = sink.node.inputs[sink.index]
+        labels = None if value is None else coupling.labels_of(value, sink.axis)
+        if labels is None:
             continue
-        inside = place is not None and sink.node.graph is model.graph
         if sink.node not in layers:
-            layers[sink.node] = read(sink.node, scope, coupling.shapes) if inside else "it is not in the main graph"
-        users.setdefault((value, sink.axis), []).append(layers[sink.node])
-    found = {}
+            layers[sink.node] = _read(sink, model, scope, coupling)
+        for group, units in groups.among(labels):
+            takers[group.name].append((sink, units))
+    found: dict[str, tuple[Outlet, ...] | str] = {}
     for group in coupling.groups:
-        members = [member for member in group.members if member.consumes]
-        own = [_outlet(users.get((m.value, m.axis), []), m, group) for m in members]
-        found[group.name] = tuple(o for o in own if o is not None) if all(own) else ()
+        own = [_outlet(sink, layers[sink.node], units, group) for sink, units in takers[group.name]]
+        reasons = [outlet for outlet in own if isinstance(outlet, str)]
+        read_ones = tuple(outlet for outlet in own if isinstance(outlet, Outlet))
+        found[group.name] = reasons[0] if reasons else read_ones or "nothing sums it up"
     return found
 
 
-def _outlet(layers: Sequence[Layer | str | None], member: Member, group: Group) -> Outlet | None:
-    """Return how the one layer of a weight takes the units of a group, or None where it cannot be told."""
-    layer = layers[0] if len(layers) == 1 else None
-    if not isinstance(layer, Layer):
-        return None
+class _Members:
+    """Tells which units of which groups indexes belong to."""
+
+    def __init__(self, groups: Sequence[Group]) -> None:
+        self._groups = groups
+        sizes = [group.units for group in groups]
+        roots = np.concatenate([group.roots for group in groups]) if groups else np.zeros(0, np.int64)
+        order = np.argsort(roots)
+        self._roots: Ints = roots[order]
+        self._group: Ints = np.repeat(np.arange(len(groups)), sizes)[order]
+        self._unit: Ints = np.concatenate([np.arange(size) for size in sizes])[order] if groups else roots
+
+    def among(self, labels: Ints) -> Iterator[tuple[Group, Ints]]:
+        """Yield each group that indexes are of, with the unit of each index; -1 for one that is of none of its."""
+        if not len(self._roots):
+            return
+        place = np.minimum(np.searchsorted(self._roots, labels), len(self._roots) - 1)
+        known = self._roots[place] == labels
+        for group in np.unique(self._group[place[known]]).tolist():
+            yield self._groups[group], np.where(known & (self._group[place] == group), self._unit[place], -1)
+
+
+def _read(sink: Sink, model: ir.Model, scope: Scope, coupling: Coupling) -> Layer | str:
+    """Read the layer that a sink is in, or say why it is none."""
+    if sink.node.graph is not model.graph:
+        return f"{label(sink.node)} is in a body of If, Loop or Scan"
+    found = None if multiplied(sink) is None else read(sink.node, scope, coupling.shapes)
+    if isinstance(found, Layer):
+        return found
+    return f"{label(sink.node)} is {NO_LAYER}" if found is None else f"{label(sink.node)}: {found}"
+
+
+def _outlet(sink: Sink, layer: Layer | str, units: Ints, group: Group) -> Outlet | str:
+    """Return how a layer takes the units of a group, or why it cannot be told."""
+    if isinstance(layer, str):
+        return layer
     convolution = is_op(layer.node, "Conv", "ConvTranspose")
     if is_op(layer.node, "ConvTranspose") and layer.groups != 1:
-        return None
-    if layer.groups * len(member.units) > MOST_INPUTS or layer.inputs % len(member.units):
-        return None
-    counts = np.bincount(member.units[member.units >= 0], minlength=group.units)
-    even = (counts == counts[0]).all() and counts[0]
-    return Outlet(layer, 1 if convolution else layer.axis, member.units) if even else None
+        return f"{label(sink.node)} has groups"
+    if layer.groups * len(units) > MOST_INPUTS:
+        return f"{label(sink.node)} takes more than {MOST_INPUTS:,} channels"
+    counts = np.bincount(units[units >= 0], minlength=group.units)
+    if layer.inputs % len(units) or not counts[0] or (counts != counts[0]).any():
+        return f"{label(sink.node)} takes more of some units than of others"
+    return Outlet(layer, 1 if convolution else layer.axis, units)
 
 
 class Inputs:
@@ -145,13 +182,15 @@ class Seen:
 
     Attributes:
         group: The group.
-        outlets: The layers behind it; none where nothing usable was seen.
+        outlets: The layers behind it; none where they cannot be read, or nothing usable was seen.
         problems: The same as problems of least squares.
+        unread: Why there are none; empty where there are.
     """
 
     group: Group
     outlets: tuple[Outlet, ...]
     problems: tuple[Problem, ...]
+    unread: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -208,7 +247,7 @@ class Problem:
 def observe(
     model: ir.Model,
     groups: Sequence[Group],
-    found: Mapping[str, tuple[Outlet, ...]],
+    found: Mapping[str, tuple[Outlet, ...] | str],
     calibration: Calibration,
     seed: int,
 ) -> Iterator[Seen]:
@@ -217,14 +256,14 @@ def observe(
     Args:
         model: The model that was analysed; it is not changed.
         groups: The groups.
-        found: The layers behind them.
+        found: The layers behind them, or why they cannot be read.
         calibration: The data.
         seed: Seeds which positions are looked at.
     """
     portion: list[Group] = []
     sizes: dict[tuple[str, int], int] = {}
     for group in groups:
-        own = {outlet.place: outlet.size for outlet in found[group.name]}
+        own = {outlet.place: outlet.size for outlet in _known(found[group.name])}
         if sizes and sum(8 * size**2 for size in (sizes | own).values()) > MOMENT_BYTES:
             yield from _seen(model, portion, sizes, found, calibration, seed)
             portion, sizes = [], {}
@@ -237,7 +276,7 @@ def _seen(
     model: ir.Model,
     portion: Sequence[Group],
     sizes: Mapping[tuple[str, int], int],
-    found: Mapping[str, tuple[Outlet, ...]],
+    found: Mapping[str, tuple[Outlet, ...] | str],
     calibration: Calibration,
     seed: int,
 ) -> Iterator[Seen]:
@@ -245,10 +284,18 @@ def _seen(
     named: dict[str, list[Inputs]] = {}
     for (name, _), observer in observers.items():
         named.setdefault(name, []).append(observer)
-    calibration.observe(model, named)
+    if named:
+        calibration.observe(model, named)
     for group in portion:
-        own = found[group.name]
+        own, unread = _known(found[group.name]), found[group.name]
         grams = [observers[outlet.place].gram for outlet in own]
-        if not all(gram.usable for gram in grams):
-            own, grams = (), []
-        yield Seen(group, own, tuple(Problem.of(o, g) for o, g in zip(own, grams, strict=True)))
+        if isinstance(unread, str):
+            yield Seen(group, (), (), unread)
+        elif not all(gram.usable for gram in grams):
+            yield Seen(group, (), (), "infinite or too few values were seen of it")
+        else:
+            yield Seen(group, own, tuple(Problem.of(o, g) for o, g in zip(own, grams, strict=True)))
+
+
+def _known(found: tuple[Outlet, ...] | str) -> tuple[Outlet, ...]:
+    return () if isinstance(found, str) else found

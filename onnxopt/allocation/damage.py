@@ -17,6 +17,7 @@ from onnxopt.contract import Context
 from onnxopt.coupling.analysis import Coupling, Group
 from onnxopt.coupling.importance import Scores
 from onnxopt.coupling.partition import Ints
+from onnxopt.coupling.removal import Removal
 from onnxopt.graph import Names, copied, scopes
 from onnxopt.numeric.elimination import Order, eliminate
 from onnxopt.repair.layers import Layer, read
@@ -38,11 +39,13 @@ class Curve:
         group: The group.
         order: Its units in the order in which they go.
         lost: (len(order) + 1,) the square error of the model's outputs by their power, when so many are gone.
+        unread: Why the layers behind it could not be read: it is then judged by scores; empty otherwise.
     """
 
     group: Group
     order: Ints
     lost: Array
+    unread: str = ""
 
 
 def curves(
@@ -55,7 +58,8 @@ def curves(
     """Yield the curve of each group.
 
     The loss of the layers behind a group is known in closed form for any number of units. How much of it reaches the
-    outputs is measured once for each group, with half of its units gone and the layers behind it fitted.
+    outputs is measured once for each group, with half of its units gone and the layers behind it fitted. Where layers
+    cannot be read, the sums of scores take the place of the closed form, and nothing is fitted.
 
     Args:
         model: The model that was analysed; it is not changed.
@@ -67,20 +71,26 @@ def curves(
     assert ctx.calibration is not None, "the pass looked"
     found = outlets(model, coupling)
     outputs = [v.name or "" for v in model.graph.outputs if coupling.shapes.dtype(v) in FLOATS]
+    removal = Removal(model, coupling)
     for seen in observe(model, coupling.groups, found, ctx.calibration, ctx.seed):
         group = seen.group
         if not seen.problems:
-            yield _by_scores(group, scores(group), least(group))
+            yield _by_scores(seen, scores(group), least(group), removal, outputs, ctx)
             continue
         consumers = [problem.consumer for problem in seen.problems]
         order = eliminate(consumers, group.units, least(group), group.units // 2)
         yield Curve(group, order.units, order.lost * _reaching(model, seen, order, outputs, ctx))
 
 
-def _by_scores(group: Group, scores: Scores, least: int) -> Curve:
+def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, outputs: Sequence[str], ctx: Context) -> Curve:
+    group = seen.group
     order = np.argsort(scores, kind="stable")[: max(0, group.units - least)]
-    total = max(float(scores.sum()), 1e-30)
-    return Curve(group, order, np.concatenate([[0.0], np.cumsum(scores[order]) / total]))
+    lost = np.concatenate([[0.0], np.cumsum(scores[order]) / max(float(scores.sum()), 1e-30)])
+    half = min(len(order), group.units // 2)
+    if half and lost[half] > NOTHING and outputs:
+        trial = removal.without(group.roots[order[:half]])
+        lost *= _share(_error(removal.model, trial, outputs, ctx), float(lost[half]))
+    return Curve(group, order, lost, seen.unread)
 
 
 def _reaching(model: ir.Model, seen: Seen, order: Order, outputs: Sequence[str], ctx: Context) -> float:
@@ -95,8 +105,15 @@ def _reaching(model: ir.Model, seen: Seen, order: Order, outputs: Sequence[str],
         layer = read(nodes[outlet.layer.output.name], scope, shapes)
         assert isinstance(layer, Layer), "it was read in the original"
         layer.replace(problem.change(outlet, weight), names)
+    return _share(_error(model, trial, outputs, ctx), lost)
+
+
+def _error(model: ir.Model, trial: ir.Model, outputs: Sequence[str], ctx: Context) -> float:
     observer = OutputError(outputs)
     assert ctx.calibration is not None, "the caller looked"
     ctx.calibration.observe_both(model, trial, [observer], most=TRIAL_SAMPLES)
-    error = observer.error**2
-    return error / lost if math.isfinite(error) else 1.0
+    return observer.error
+
+
+def _share(error: float, lost: float) -> float:
+    return error**2 / lost if math.isfinite(error) else 1.0

@@ -28,14 +28,19 @@ class Share:
     Attributes:
         gone: The places of its units that go, ascending.
         loss: The square error of the model's outputs by their power that is expected of it; None when not known.
+        unread: Why its loss after repair could not be worked out; empty where it was.
     """
 
     gone: Ints
     loss: float | None = None
+    unread: str = ""
 
     def __str__(self) -> str:
         """Return e.g. `, outputs expected to move by 1.2%`; nothing when it is not known."""
-        return "" if self.loss is None else f", outputs expected to move by {math.sqrt(self.loss):.1%}"
+        if self.loss is None:
+            return ""
+        without = f" without repair ({self.unread})" if self.unread else ""
+        return f", outputs expected to move by {math.sqrt(self.loss):.1%}{without}"
 
 
 class Allocation:
@@ -109,7 +114,7 @@ class Allocation:
 
     def _shares(self, gone: Array) -> dict[str, Share]:
         return {
-            curve.group.name: Share(np.sort(curve.order[:count]), float(curve.lost[count]))
+            curve.group.name: Share(np.sort(curve.order[:count]), float(curve.lost[count]), curve.unread)
             for curve, count in zip(self._curves, gone.tolist(), strict=True)
         }
 

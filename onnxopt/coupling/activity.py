@@ -11,6 +11,7 @@ from onnxopt.contract import Calibration
 from onnxopt.coupling.analysis import Coupling, Group, Member
 from onnxopt.coupling.builder import Sink
 from onnxopt.coupling.importance import Scores, index_norms
+from onnxopt.coupling.stored import stored
 from onnxopt.numeric.channel_moments import ChannelMoments
 
 Activity = Mapping[tuple[ir.Value, int], ChannelMoments]
@@ -58,7 +59,7 @@ def activation(group: Group, coupling: Coupling, activity: Activity) -> Scores |
     consumers = {(member.value, member.axis): member for member in group.members if member.consumes}
     for sink in coupling.sinks:
         weight = sink.node.inputs[sink.index]
-        member = None if weight is None else consumers.get((weight, sink.axis))
+        member = None if weight is None else consumers.get(stored(weight, sink.axis))
         place = multiplied(sink)
         moments = None if place is None else activity.get(place)
         if member is None or moments is None or not moments.usable or moments.size % len(member.units):

@@ -23,6 +23,7 @@ from onnxopt.coupling import rules, rules_attention, rules_nn
 from onnxopt.coupling.builder import Axis, Builder, Opaque, Sink, label
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.rewrites import Rewrite
+from onnxopt.coupling.stored import stored
 from onnxopt.graph import STANDARD_DOMAINS, bodies, constant_tensor, has_references, scopes
 
 _TABLES: Mapping[str, Mapping[str, rules.Rule]] = {
@@ -242,7 +243,7 @@ def _groups(axes: tuple[Axis, ...], labels: Ints, reasons: Ints, sinks: list[Sin
     for place, key in enumerate(signature.tolist()):
         members[key].append(place)
     bounds = np.append(starts, len(keys))
-    summed = {(sink.node.inputs[sink.index], sink.axis) for sink in sinks}
+    summed = {stored(value, sink.axis) for sink in sinks if (value := sink.node.inputs[sink.index]) is not None}
     found = []
     for places in members.values():
         first = places[0]
@@ -267,7 +268,7 @@ def _named_apart(groups: list[Group]) -> tuple[Group, ...]:
     return tuple(named)
 
 
-def _group(touched: list[Axis], roots: Ints, labels: Ints, summed: set[tuple[ir.Value | None, int]]) -> Group | None:
+def _group(touched: list[Axis], roots: Ints, labels: Ints, summed: set[tuple[ir.Value, int]]) -> Group | None:
     if len(roots) < 2 or not any((axis.value, axis.axis) in summed for axis in touched):
         return None
     members = []

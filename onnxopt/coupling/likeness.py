@@ -17,6 +17,7 @@ from onnxopt.coupling.builder import Sink
 from onnxopt.coupling.importance import Scores, squared_norms
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.removal import Removal
+from onnxopt.coupling.stored import stored
 from onnxopt.numeric import merging
 from onnxopt.numeric.gram import Gram
 
@@ -56,7 +57,7 @@ def inseparable(group: Group, coupling: Coupling) -> bool:
     consumers = {(m.value, m.axis) for m in group.members if m.consumes}
     for sink in coupling.sinks:
         value = sink.node.inputs[sink.index]
-        if value is not None and (value, sink.axis) not in consumers:
+        if value is not None and stored(value, sink.axis) not in consumers:
             labels = coupling.labels_of(value, sink.axis)
             if labels is not None and not roots.isdisjoint(labels.tolist()):
                 return True
@@ -116,7 +117,7 @@ def _outlets(group: Group, coupling: Coupling, model: ir.Model) -> list[tuple[Me
     consumers = {(m.value, m.axis): m for m in group.members if m.consumes}
     for sink in coupling.sinks:
         weight = sink.node.inputs[sink.index]
-        member = None if weight is None else consumers.get((weight, sink.axis))
+        member = None if weight is None else consumers.get(stored(weight, sink.axis))
         place = multiplied(sink)
         if member is not None and place is not None and place[0].graph is model.graph:
             found.append((member, sink))

@@ -110,11 +110,21 @@ class Removal:
         return found
 
     def zeroed(self) -> ir.Model:
-        """Return a clone of the original in which everything that was removed counts as zero.
+        """Return a clone of the original in which everything that was removed counts as zero; see `without`."""
+        return self._zeroed(self._kept)
+
+    def without(self, roots: Ints) -> ir.Model:
+        """Return a clone of the original in which units count as zero, those that were removed among them.
 
         Wherever products are summed up along an axis, the slices of its weight become zero; where there is no
         constant weight, one factor is multiplied by zeros and ones.
+
+        Args:
+            roots: The units, by their entries in `Group.roots`.
         """
+        return self._zeroed(self._kept & ~np.isin(self.coupling.labels, roots))
+
+    def _zeroed(self, all_kept: Mask) -> ir.Model:
         clone = _clone(self._original)
         names = Names(clone)
         nodes = list(all_nodes(clone))
@@ -123,7 +133,8 @@ class Removal:
             assert value is not None, "rules name inputs that are there"
             if (value, sink.axis) not in self._place:
                 continue
-            kept = self.kept(value, sink.axis)
+            place = self._place[value, sink.axis]
+            kept = all_kept[place.first : place.first + place.size]
             if not kept.all():
                 _zero(clone, names, nodes[self._order[sink.node]], sink.index, self._along(value, sink.axis, kept))
         return clone

@@ -144,8 +144,9 @@ def _unfit(tensor: ir.TensorProtocol, inputs: int, owned: bool) -> str:
 
 
 def _owned(found: Product) -> bool:
-    chain = [found.weight, *(n.outputs[0] for n in found.views)]
-    return all(_serves(v, user) for v, user in zip(chain, [*found.views, found.node], strict=True))
+    views = found.views[::-1]  # from the weight to the product
+    chain = [found.weight, *(n.outputs[0] for n in views)]
+    return all(_serves(v, user) for v, user in zip(chain, [*views, found.node], strict=True))
 
 
 def _serves(value: ir.Value, user: ir.Node) -> bool:

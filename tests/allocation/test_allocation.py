@@ -169,21 +169,61 @@ def test_places_within_units_are_positions_where_few_were_seen() -> None:
     assert (moved[:, :50] == 0).all()
 
 
-def test_units_whose_consumers_cannot_be_read_are_judged_by_their_scores() -> None:
-    model = declare(
-        "(float[4,1,3] x) => (float[1,1,6] h) { y, h = GRU<hidden_size = 6>(a, w, r) a = Relu(x) }".replace(
-            "{ y, h = GRU<hidden_size = 6>(a, w, r) a = Relu(x) }",
-            "{ m = MatMul(x, u) a = Relu(m) y, h = GRU<hidden_size = 6>(a, w, r) }",
-        ),
+def recurrent() -> ir.Model:
+    """A group in front of a GRU, and one behind it."""
+    return declare(
+        """(float[4,1,3] x) => (float[4,1,2] z) {
+            m = MatMul(x, u) a = Relu(m) y = GRU<hidden_size = 6>(a, w, r) s = Squeeze(y, one) z = MatMul(s, o) }""",
         u=random(3, 5),
         w=random(1, 18, 5),
         r=random(1, 18, 6),
+        o=random(6, 2),
+        one=np.array([1]),
     )
+
+
+def test_what_groups_lose_whose_layers_cannot_be_read_is_measured() -> None:
+    model = recurrent()
     coupling, ctx = analyse(model), context(model, 4, 1, 3)
-    (curve,) = curves(model, coupling, ctx, lambda group: 1, magnitude)
-    scores = magnitude(curve.group)
-    np.testing.assert_array_equal(curve.order, np.argsort(scores, kind="stable")[:4])
-    np.testing.assert_allclose(curve.lost[-1], 1 - scores.max() / scores.sum())
+    curve, _ = curves(model, coupling, ctx, lambda group: 1, magnitude)
+    assert curve.unread == "GRU y is not a linear layer with a constant weight and a computed input"
+    np.testing.assert_array_equal(curve.order, np.argsort(magnitude(curve.group), kind="stable")[:4])
+    zeroed = model.clone()
+    weight = random(1, 18, 5)
+    weight[..., curve.order[:2]] = 0
+    zeroed.graph.initializers["w"].const_value = ir.tensor(weight)
+    lost = power = 0.0
+    with (
+        open_session(model, RunOptions(), optimized=False) as before,
+        open_session(zeroed, RunOptions(), optimized=False) as after,
+    ):
+        for seed in range(16):
+            feed = {"x": random(4, 1, 3, seed=seed)}
+            (wanted,), (got,) = before.run(feed).values(), after.run(feed).values()
+            lost, power = lost + float(np.square(wanted - got).sum()), power + float(np.square(wanted).sum())
+    np.testing.assert_allclose(curve.lost[2], lost / power, rtol=1e-4)
+
+
+def test_the_report_says_which_groups_were_judged_without_repair() -> None:
+    model = recurrent()
+    made = edits(model, context(model, 4, 1, 3), ratio=0.5, repair=False)
+    why = "(GRU y is not a linear layer with a constant weight and a computed input)"
+    assert made["u"].endswith(f"% without repair {why}")
+
+
+def test_a_weight_behind_a_transpose_is_judged_like_one_that_is_stored_so() -> None:
+    head = "(float[9,8] x) => (float[9,4] y) { a = MatMul(x, u) r = Relu(a)"
+    weights = {"u": random(8, 32), "v": random(32, 32, seed=1), "w": random(32, 4, seed=2)}
+    plain = declare(f"{head} c = MatMul(r, v) s = Relu(c) y = MatMul(s, w) }}", **weights)
+    stored = {name: array if name == "u" else np.ascontiguousarray(array.T) for name, array in weights.items()}
+    views = "p = Transpose(v) q = Identity(p) c = MatMul(r, q) s = Relu(c) t = Transpose(w) y = MatMul(s, t)"
+    behind = declare(f"{head} {views} }}", **stored)
+    found = [list(curves(m, analyse(m), context(m, 9, 8), lambda g: 1, magnitude)) for m in (plain, behind)]
+    assert len(found[0]) == 2
+    for expected, curve in zip(*found, strict=True):
+        assert curve.unread == ""
+        np.testing.assert_array_equal(curve.order, expected.order)
+        np.testing.assert_allclose(curve.lost, expected.lost, rtol=1e-5)
 
 
 def test_counted_costs_are_those_of_the_model() -> None:
