@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxopt.analysis.shapes import Shapes
+    from onnxopt.removed import Fit, Goal, Removed
 
 Target = Literal["portable", "cpu", "cuda"]
 TARGETS: tuple[Target, ...] = ("portable", "cpu", "cuda")
@@ -54,15 +55,6 @@ class Site:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Width:
-    """How many channels, neurons or heads a layer has before and after an edit."""
-
-    layer: str
-    before: int
-    after: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Edit:
     """One change a pass proposes: `apply` makes it, and nothing else may touch the graph.
 
@@ -70,7 +62,8 @@ class Edit:
         site: Where.
         summary: What, in words.
         apply: Does it.
-        widths: The layers that become narrower; the report draws them.
+        removed: What it takes out; the report lists and draws it.
+        fit: How well it fits a layer.
         reference: Makes a model that the edited one must equal to rounding, whatever the budget allows: the original
             changed in another way that is simpler to trust. Called after the last edit of a pass, for all of them; the
             model is compared as it was before the first edit that repairs.
@@ -81,7 +74,8 @@ class Edit:
     site: Site
     summary: str
     apply: Callable[[], None]
-    widths: tuple[Width, ...] = ()
+    removed: Removed | None = None
+    fit: Fit | None = None
     reference: Callable[[], ir.Model] | None = None
     repairs: bool = False
 
@@ -284,6 +278,10 @@ class GraphPass:
         """Return why the pass does not apply to this model, or None. Not applicable is not a failure."""
         return None
 
+    def goal(self) -> Goal | None:
+        """Return what it was asked to reach, which the report compares with what it did; None for nothing."""
+        return None
+
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield what could be changed and what was refused.
 
@@ -299,11 +297,12 @@ class GraphPass:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class AppliedEdit:
-    """An edit that stands in the result."""
+    """An edit that stands in the result; see `Edit`."""
 
     site: Site
     summary: str
-    widths: tuple[Width, ...] = ()
+    removed: Removed | None = None
+    fit: Fit | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

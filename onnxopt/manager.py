@@ -14,18 +14,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
-from onnxopt.contract import (
-    AppliedEdit,
-    Context,
-    DroppedEdit,
-    GraphPass,
-    Guarantee,
-    PassReport,
-    Progress,
-    Silent,
-)
+from onnxopt.contract import AppliedEdit, Context, DroppedEdit, GraphPass, Guarantee, PassReport, Progress, Silent
 from onnxopt.errors import VerificationError
 from onnxopt.pipeline import spec
+from onnxopt.removed import Damage
 from onnxopt.trial import CRASHED, Crash, Denials, Numbered, Trial, attempt
 
 if TYPE_CHECKING:
@@ -250,13 +242,13 @@ def _reports(passes: Sequence[GraphPass], trials: Sequence[Trial], denials: Deni
     seconds: dict[int, float] = {}
     for trial in trials:
         for edit in trial.applied:
-            applied.setdefault(edit.position, []).append(AppliedEdit(edit.site, edit.summary, edit.widths))
+            applied.setdefault(edit.position, []).append(AppliedEdit(edit.site, edit.summary, edit.removed, edit.fit))
         refusals.update(trial.refusals)
         skipped.update(trial.skipped)
         seconds.update(trial.seconds)
     first = {p.name: i for i, p in reversed(list(enumerate(passes)))}
     for position, graph_pass in enumerate(passes):
-        kept = tuple(applied.get(position, ()))
+        kept = tuple(_measured(applied.get(position, ())))
         dropped = tuple(
             d
             for d in denials.sites.values()
@@ -274,6 +266,22 @@ def _reports(passes: Sequence[GraphPass], trials: Sequence[Trial], denials: Deni
             refusals=tuple(sorted(refusals.get(position, Counter()).items())),
             seconds=seconds.get(position, 0.0),
         )
+
+
+def _measured(edits: Sequence[AppliedEdit]) -> Iterable[AppliedEdit]:
+    """Yield edits, those that removed something with what the fit of the layers behind has measured."""
+    fits = {edit.fit.layer: edit.fit for edit in edits if edit.fit is not None}
+    for edit in edits:
+        behind = () if edit.removed is None else edit.removed.behind
+        found = [fits[layer] for layer in behind if layer in fits]
+        if edit.removed is None or not found:
+            yield edit
+            continue
+        before, after = max(fit.before for fit in found), max(fit.after for fit in found)
+        removed = dataclasses.replace(
+            edit.removed, unrepaired=Damage(before, "layers"), measured=Damage(after, "layers")
+        )
+        yield dataclasses.replace(edit, removed=removed)
 
 
 def _status(

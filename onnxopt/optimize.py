@@ -23,6 +23,7 @@ from onnxopt.patch import apply_patch
 from onnxopt.pipeline import Pipeline
 from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, SearchReport, SlowPass
 from onnxopt.report.environment import environment
+from onnxopt.report.removals import reached
 from onnxopt.runtime import RunOptions
 from onnxopt.search.hunt import Hunt, any_learns, proposals
 from onnxopt.search.rivals import compared
@@ -321,6 +322,7 @@ def _result(
             seconds=tuple(ground.clock.seconds),
             fixed_axes=tuple((settings.fix_shape or {}).items()),
             search=search,
+            reached=tuple(reached(pipeline.passes, outcome.passes, measurement)),
         ),
     )
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.contract import Context, DroppedEdit, Edit, GraphPass, Guarantee, Refusal, Site, Width
+from onnxopt.contract import Context, DroppedEdit, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import copied
+from onnxopt.removed import Fit, Removed
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -55,7 +56,8 @@ class Applied:
     position: int
     site: Site
     summary: str
-    widths: tuple[Width, ...]
+    removed: Removed | None = None
+    fit: Fit | None = None
     repairs: bool = False
 
 
@@ -162,7 +164,7 @@ def _run_pass(
                 item.apply()
                 edit = None
                 trial.reference = item.reference or trial.reference
-                trial.applied.append(Applied(position, item.site, item.summary, item.widths, item.repairs))
+                trial.applied.append(Applied(position, item.site, item.summary, item.removed, item.fit, item.repairs))
         return True
     except Exception as error:  # a pass may be anybody's code; whatever it raises is reported, never fatal
         reason = f"{CRASHED} {type(error).__name__}: {error}".strip().rstrip(":")

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [
     {"errors"},
+    {"removed"},
     {"contract"},
     {"textfile", "graph", "registry", "numeric", "probe", "proto"},
     {"rewrite", "instantiate", "analysis", "pipeline"},
@@ -30,6 +31,7 @@ LAYERS = [
 RANK = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms}
 PASSES_MAY = {
     "contract",
+    "removed",
     "errors",
     "graph",
     "instantiate",

@@ -19,6 +19,7 @@ from onnxopt.coupling.goals import elements
 from onnxopt.coupling.importance import Scores
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.removal import Removal
+from onnxopt.removed import Damage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,11 +30,18 @@ class Share:
         gone: The places of its units that go, ascending.
         loss: The square error of the model's outputs by their power that is expected of it; None when not known.
         unread: Why its loss after repair could not be worked out; empty where it was.
+        importance: The part of the importance of its units that goes; None when not known.
     """
 
     gone: Ints
     loss: float | None = None
     unread: str = ""
+    importance: Damage | None = None
+
+    @property
+    def predicted(self) -> Damage | None:
+        """What is expected of it."""
+        return self.importance if self.loss is None else Damage(math.sqrt(max(0.0, self.loss)), "outputs")
 
     def __str__(self) -> str:
         """Return e.g. `, outputs expected to move by 1.2%`; nothing when it is not known."""

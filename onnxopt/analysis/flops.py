@@ -80,6 +80,26 @@ def count(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Flops:
     )
 
 
+def assumed_sizes(model: ir.Model, shapes: Shapes) -> Sizes:
+    """Return the shapes of a model's values with the sizes of dynamic axes that `count` assumes."""
+    return Sizes(shapes, _assume(model, shapes, {})[1])
+
+
+def macs(node: ir.Node, sizes: Sizes) -> int:
+    """Return the multiply-accumulates of a node; 0 for one that has none, or whose cost is unknown."""
+    cost = _MACS.get(_name(node))
+    if cost is None or has_references(node):
+        return 0
+    try:
+        return cost(sizes, node)
+    except (UnknownCostError, IndexError):
+        return 0
+
+
+def _name(node: ir.Node) -> str:
+    return node.op_type if node.domain in STANDARD_DOMAINS else f"{node.domain}.{node.op_type}"
+
+
 def _ranked(counts: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
@@ -127,10 +147,11 @@ class _Bill:
         return 2 * sum(self.macs.values()) + self.elementwise
 
 
-class _Biller:
-    """Adds up the costs of nodes."""
+class Sizes:
+    """The shapes of values as numbers."""
 
     def __init__(self, shapes: Shapes, symbols: _Symbols) -> None:
+        """Take what is known about shapes, and the sizes of dynamic axes."""
         self._shapes = shapes
         self._symbols = symbols
 
@@ -149,7 +170,16 @@ class _Biller:
             raise UnknownCostError from None
 
     def elements(self, value: ir.Value | None) -> int:
+        """Return how many elements a value has.
+
+        Raises:
+            UnknownCostError: If its shape is not known.
+        """
         return math.prod(self.shape(value))
+
+
+class _Biller(Sizes):
+    """Adds up the costs of nodes."""
 
     def graph(self, graph: ir.Graph) -> _Bill:
         bill = _Bill()
@@ -185,8 +215,7 @@ class _Biller:
         return None
 
     def _node(self, node: ir.Node, bill: _Bill) -> None:
-        standard = node.domain in STANDARD_DOMAINS
-        name = node.op_type if standard else f"{node.domain}.{node.op_type}"
+        name = _name(node)
         try:
             if has_references(node):
                 raise UnknownCostError
@@ -207,31 +236,31 @@ class _Biller:
 
 # Multiply-accumulates -------------------------------------------------------------------------------------
 
-Cost = Callable[[_Biller, ir.Node], int]
+Cost = Callable[[Sizes, ir.Node], int]
 
 
 def _convolution(weight: int) -> Cost:
-    def cost(of: _Biller, node: ir.Node) -> int:
+    def cost(of: Sizes, node: ir.Node) -> int:
         return of.elements(node.outputs[0]) * math.prod(of.shape(node.inputs[weight])[1:])
 
     return cost
 
 
-def _transposed_convolution(of: _Biller, node: ir.Node) -> int:
+def _transposed_convolution(of: Sizes, node: ir.Node) -> int:
     return of.elements(node.inputs[0]) * math.prod(of.shape(node.inputs[1])[1:])
 
 
-def _product(of: _Biller, node: ir.Node) -> int:
+def _product(of: Sizes, node: ir.Node) -> int:
     left = of.shape(node.inputs[0])
     inner = left[-2] if attribute(node, "transA", 0) and len(left) > 1 else left[-1]
     return of.elements(node.outputs[0]) * inner
 
 
-def _product_of_blocks(of: _Biller, node: ir.Node) -> int:
+def _product_of_blocks(of: Sizes, node: ir.Node) -> int:
     return of.elements(node.outputs[0]) * int(attribute(node, "K", 0))
 
 
-def _einsum(of: _Biller, node: ir.Node) -> int:
+def _einsum(of: Sizes, node: ir.Node) -> int:
     """Every combination of indices is one multiply-accumulate."""
     equation = str(attribute(node, "equation", "")).replace(" ", "")
     terms = equation.partition("->")[0].split(",")
@@ -244,7 +273,7 @@ def _einsum(of: _Biller, node: ir.Node) -> int:
 
 
 def _recurrent(gates: int) -> Cost:
-    def cost(of: _Biller, node: ir.Node) -> int:
+    def cost(of: Sizes, node: ir.Node) -> int:
         first, second, _ = of.shape(node.inputs[0])
         directions, rows, features = of.shape(node.inputs[1])
         hidden = rows // gates
@@ -260,7 +289,7 @@ def _attention(query: Shape, key_length: int, value_width: int, heads: int) -> i
     return batch * length * key_length * (width + value_width)
 
 
-def _standard_attention(of: _Biller, node: ir.Node) -> int:
+def _standard_attention(of: Sizes, node: ir.Node) -> int:
     query, key, value = (of.shape(v) for v in node.inputs[:3])
     heads = query[1] if len(query) == 4 else attribute(node, "q_num_heads", 1)
     shared = value[1] if len(value) == 4 else attribute(node, "kv_num_heads", 1)
@@ -269,7 +298,7 @@ def _standard_attention(of: _Biller, node: ir.Node) -> int:
     return _attention(query, key[-2] + past, head * heads, heads)
 
 
-def _fused_attention(of: _Biller, node: ir.Node) -> int:
+def _fused_attention(of: Sizes, node: ir.Node) -> int:
     """The projections to query, key and value, and the attention itself."""
     data, weight = of.shape(node.inputs[0]), of.shape(node.inputs[1])
     hidden = weight[1] // 3
@@ -277,7 +306,7 @@ def _fused_attention(of: _Biller, node: ir.Node) -> int:
     return project + _attention((data[0], data[1], hidden), data[1], hidden, 1)
 
 
-def _multi_head_attention(of: _Biller, node: ir.Node) -> int:
+def _multi_head_attention(of: Sizes, node: ir.Node) -> int:
     query, key, value = (of.shape(v) for v in node.inputs[:3])
     if len(query) != 3:
         raise UnknownCostError
@@ -287,7 +316,7 @@ def _multi_head_attention(of: _Biller, node: ir.Node) -> int:
     return _attention(query, key[-2] + past, width, heads)
 
 
-def _group_query_attention(of: _Biller, node: ir.Node) -> int:
+def _group_query_attention(of: Sizes, node: ir.Node) -> int:
     query, key = of.shape(node.inputs[0]), of.shape(node.inputs[1])
     past = of.shape(node.inputs[3])[2] if len(node.inputs) > 3 and node.inputs[3] is not None else 0
     return _attention(query, key[1] + past, query[-1], attribute(node, "num_heads", 1))

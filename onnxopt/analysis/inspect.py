@@ -18,7 +18,8 @@ from onnxopt.graph import STANDARD_DOMAINS, Scope, attribute, has_references, is
 LARGEST = 10
 """So many of the largest constants are named."""
 
-_INDEX_TYPES = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING})
+INDEX_TYPES = frozenset({ir.DataType.INT32, ir.DataType.INT64, ir.DataType.BOOL, ir.DataType.STRING})
+"""Constants of these types hold shapes and indices; their elements are no parameters."""
 _ONNX_DOMAINS = ("ai.onnx.ml", "ai.onnx.preview.training", "ai.onnx.preview", "ai.onnx.training")
 
 
@@ -159,8 +160,8 @@ def summary_stats(model: ir.Model) -> ModelStats:
     """Return the size of a model in four numbers. Reads no weights; costs one walk over the model."""
     size = model_size(model)
     shared = {_identity(tensor): tensor for tensor in size.constants}
-    parameters = sum(tensor.size for tensor in shared.values() if tensor.dtype not in _INDEX_TYPES)
-    parameters += filled_elements(model, but=_INDEX_TYPES)
+    parameters = sum(tensor.size for tensor in shared.values() if tensor.dtype not in INDEX_TYPES)
+    parameters += filled_elements(model, but=INDEX_TYPES)
     return ModelStats(size.nodes, parameters, size.bytes, size.initializer_bytes)
 
 

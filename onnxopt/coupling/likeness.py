@@ -45,10 +45,12 @@ class Plan:
     Attributes:
         merge: Which units go, into which ones.
         parts: Each weight behind the group, with a factor for each unit that goes.
+        lost: The part of what the units bring into the weights behind that others do not make up for.
     """
 
     merge: merging.Merge
     parts: tuple[tuple[Member, Scores], ...]
+    lost: float
 
 
 def inseparable(group: Group, coupling: Coupling) -> bool:
@@ -109,7 +111,10 @@ def _plan(group: Group, outlets: Sequence[Outlet], count: int) -> Plan | None:
     if {id(outlet.member) for outlet in outlets} != {id(m) for m in group.members if m.consumes}:
         return None
     merge = merged(group, outlets, count)
-    return Plan(merge, tuple((outlet.member, merging.factors(outlet.gram, merge)) for outlet in outlets))
+    parts = tuple((outlet.member, merging.factors(outlet.gram, merge)) for outlet in outlets)
+    norms = [squared_norms(outlet.member, group.units) for outlet in outlets]
+    lost = [merging.lost(outlet.gram, own, merge) for outlet, own in zip(outlets, norms, strict=True)]
+    return Plan(merge, parts, float(np.mean(lost)) if lost else 0.0)
 
 
 def _outlets(group: Group, coupling: Coupling, model: ir.Model) -> list[tuple[Member, Sink]]:

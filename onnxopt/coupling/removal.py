@@ -147,6 +147,19 @@ class Removal:
         dtype = shapes.dtype(value) or ir.DataType.FLOAT
         return ir.tensor(kept.reshape(-1, *[1] * (rank - axis - 1)).astype(dtype.numpy()), dtype=dtype)
 
+    def sizes(self, gone: Ints | None = None) -> Ints:
+        """Return how many indexes each of `coupling.axes` has left, (axes,).
+
+        Args:
+            gone: Units that are to count as removed as well, by their entries in `Group.roots`.
+        """
+        left = self._kept if gone is None else self._kept & ~np.isin(self.coupling.labels, gone)
+        return np.bincount(self._axis_of[left], minlength=len(self.coupling.axes))
+
+    def left(self, roots: Ints) -> Mask:
+        """Return which units are still there, by their entries in `Group.roots`."""
+        return self._kept[roots]
+
     # What rewrites ask ------------------------------------------------------------------------------------
 
     def kept(self, value: ir.Value, axis: int) -> Mask:

@@ -43,3 +43,9 @@ def widths(group: Group, multiple: int, least: int) -> tuple[int, ...]:
 def least_important(scores: Scores, count: int) -> Ints:
     """Return the places of the lowest scores, the first ones of equals, in ascending order."""
     return np.sort(np.argsort(scores, kind="stable")[:count])
+
+
+def part(scores: Scores, gone: Ints) -> float:
+    """Return which part of all scores those at some places make up; 0 where the scores do not tell."""
+    total = float(scores.sum())
+    return float(scores[gone].sum()) / total if np.isfinite(total) and total > 0 else 0.0

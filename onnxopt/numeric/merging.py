@@ -31,6 +31,21 @@ def factors(gram: Array, merge: Merge) -> Array:
     return found
 
 
+def lost(gram: Array, norms: Array, merge: Merge) -> float:
+    """Return the part of the energy of all vectors that is lost when some are replaced by multiples of others.
+
+    Args:
+        gram: (n, n) products of the vectors.
+        norms: (n,) squared norms of the weights that they are multiplied by.
+        merge: What is replaced.
+    """
+    energy = np.diag(gram).astype(np.float64)
+    kept = factors(gram, merge) * gram[merge.gone, merge.into]
+    total = float((energy * norms).sum())
+    gone = float((np.maximum(energy[merge.gone] - kept, 0) * norms[merge.gone]).sum())
+    return gone / total if total > 0 else 0.0
+
+
 def costs(gram: Array, norms: Array) -> Array:
     """Return the square error of replacing each vector by its best multiple of each other one, (n, n).
 

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxopt.contract import Context, Edit, Refusal, Site, Stop
 from onnxopt.graph import Names, bodies, scopes
 from onnxopt.numeric.least_squares import Change, Moments, ridge
+from onnxopt.removed import Fit
 from onnxopt.repair.layers import Layer, read
 
 Array = np.ndarray[Any, Any]
@@ -97,7 +98,8 @@ def repair(
                 yield Refusal(site, fitted)
             else:
                 apply = functools.partial(observer.layer.replace, fitted.change, names)
-                yield Edit(site, f"weights fitted to the original: {fitted}", apply, repairs=True)
+                fit = Fit(observer.target.layer, fitted.before, fitted.after)
+                yield Edit(site, f"weights fitted to the original: {fitted}", apply, fit=fit, repairs=True)
 
 
 def _layers(model: ir.Model, targets: Sequence[Target], ctx: Context) -> Iterator[tuple[Layer | str, Target]]:

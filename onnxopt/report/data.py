@@ -144,6 +144,28 @@ class SearchReport:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Reached:
+    """What a pass was asked to leave of the model, and what is left.
+
+    Attributes:
+        spec: The pass as a pipeline string.
+        of: "channels" (of those that could go), "parameters" or "time".
+        asked: What may be left, as a part of the original.
+        reached: What is left; None for time that was not measured. Time is the whole result's by the original's,
+            the rest what this pass found and left.
+        low: Lower end of the 95% interval of the time; None for what is counted.
+        high: Upper end.
+    """
+
+    spec: str
+    of: Literal["channels", "parameters", "time"]
+    asked: float
+    reached: float | None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Report:
     """Everything one run did, gained and cost.
 
@@ -170,6 +192,7 @@ class Report:
         seconds: Wall time of each stage, in order.
         fixed_axes: Dynamic axes that were given a fixed size, as asked for.
         search: The candidates that were tried within a budget; None when nothing was searched.
+        reached: What passes were asked to leave of the model, and what is left.
     """
 
     schema_version: int
@@ -194,6 +217,7 @@ class Report:
     seconds: tuple[tuple[str, float], ...]
     fixed_axes: tuple[tuple[str, int], ...] = ()
     search: SearchReport | None = None
+    reached: tuple[Reached, ...] = ()
 
     @property
     def applied(self) -> int:

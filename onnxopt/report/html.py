@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report import charts, pareto, summary, words
+from onnxopt.report import charts, pareto, removals, summary, words
 from onnxopt.report.markup import Html, joined, tag
 from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
-    from onnxopt.contract import PassReport, Site, Width
+    from onnxopt.contract import PassReport, Site
+    from onnxopt.removed import Removed
     from onnxopt.report.data import Candidate, Report, SearchReport
     from onnxopt.verify import Verification
 
@@ -21,6 +22,9 @@ EDITS = 500
 
 OUTPUTS = 40
 """Outputs drawn and listed, the worst of them."""
+
+LAYERS = 6
+"""Layers named of a group that was removed."""
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 """Even if a model's names got through as markup, nothing in the page could run or load."""
@@ -110,9 +114,11 @@ def _sections(report: Report) -> Iterable[Html]:
     yield _section("Result against original", charts.ratio_chart(_bars(report)), _comparison(report))
     if report.search is not None:
         yield _section("Search", *_search(report.search))
-    widths = [w for p in report.passes for e in p.applied for w in e.widths]
-    if widths:
-        yield _section("Widths", *_widths(widths))
+    removed = list(removals.tables(report.passes))
+    if removed:
+        yield _section("Widths", *_widths([line.removed for table in removed for line in table.lines]))
+    for table in removed:
+        yield _section("Removed", *_removed(table, report))
     if report.verification is not None:
         yield _section("Outputs", *_outputs(report.verification, report.data))
     yield _section("Passes", *_passes(report))
@@ -209,18 +215,50 @@ def _output_row(output: OutputDeviation) -> Html:
     )
 
 
-def _widths(widths: Sequence[Width]) -> Iterable[Html]:
-    """Draw what is left of the layers that became narrower."""
-    last = {w.layer: w for w in widths}
-    first = {w.layer: w.before for w in reversed(widths)}
+def _widths(removed: Sequence[Removed]) -> Iterable[Html]:
+    """Draw what is left of the groups that became narrower."""
+    last = {r.name: r.units.after for r in removed}
+    first = {r.name: r.units.before for r in reversed(removed)}
     bars = [
-        charts.Bar(words.printable(name), w.after / first[name], f"{first[name]:,} -> {w.after:,}")
-        for name, w in last.items()
+        charts.Bar(words.printable(name), after / first[name], f"{first[name]:,} -> {after:,}")
+        for name, after in last.items()
         if first[name]
     ]
     yield charts.ratio_chart(bars[:EDITS])
     if len(bars) > EDITS:
         yield tag("p", f"And {len(bars) - EDITS:,} more layers; the JSON report has all.", class_="dim")
+
+
+def _removed(table: removals.Table, report: Report) -> Iterable[Html]:
+    """Tell what a pass removed, group by group, and whether that is what was asked for."""
+    yield tag("p", tag("code", table.spec))
+    for text in (table.total, *(removals.told(r) for r in report.reached if r.spec == table.spec)):
+        yield tag("p", text)
+    titles = ("group", "units", "parameters", "multiply-adds", "expected", "measured", "layers")
+    yield _table(titles, [_removed_row(line) for line in table.lines[:EDITS]], numbers=(1, 2, 3, 4, 5))
+    if len(table.lines) > EDITS:
+        yield tag("p", f"And {len(table.lines) - EDITS:,} more groups; the JSON report has all.", class_="dim")
+    for text in table.legend:
+        yield tag("p", text, class_="dim caption")
+
+
+def _removed_row(line: removals.Line) -> Html:
+    name, units, *shares, expected, measured = line.cells
+    changes = (line.removed.parameters, line.removed.macs)
+    layers = [tag("div", f"{w.layer} {w.side}: {w.before:,} -> {w.after:,}") for w in line.removed.widths[:LAYERS]]
+    if len(line.removed.widths) > LAYERS:
+        layers.append(tag("div", f"and {len(line.removed.widths) - LAYERS:,} more"))
+    return tag(
+        "tr",
+        tag("th", name, scope="row", class_="name"),
+        tag("td", joined((units, tag("div", line.removed.unit, class_="dim"))), class_="number"),
+        *(
+            tag("td", joined((share, tag("div", f"{-change.gone:+,}", class_="dim"))), class_="number")
+            for share, change in zip(shares, changes, strict=True)
+        ),
+        *(tag("td", cell, class_="number") for cell in (expected, measured)),
+        tag("td", *layers, class_="name dim"),
+    )
 
 
 def _search(search: SearchReport) -> Iterable[Html]:

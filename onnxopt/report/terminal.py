@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnxopt.report import summary, words
+from onnxopt.report import removals, summary, words
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
@@ -26,6 +26,9 @@ SITES = 2
 
 OUTPUTS = 8
 """Outputs listed unless all are asked for."""
+
+GROUPS = 8
+"""Groups that were removed listed per pass unless all are asked for."""
 
 PLAIN_WIDTH = 100
 """Columns of the report as a string."""
@@ -59,6 +62,7 @@ def render(report: Report, console: Console, verbose: bool = False) -> None:
     if report.search is not None:
         _search(report.search, console, verbose=verbose)
     _passes(report, console, verbose=verbose)
+    _removed(report, console, verbose=verbose)
     _comparison(report, console)
     if report.verification is not None and report.verification.outputs:
         outputs(report.verification, console, data=report.data, verbose=verbose)
@@ -233,6 +237,30 @@ def _sites(rows: Sequence[tuple[Site, str]], console: Console, *, verbose: bool)
         inside = f" (in {words.printable(site.graph)})" if site.graph else ""
         table.add_row(Text(name, style="cyan"), Text(done).append(inside, style="dim"))
     console.print(Padding(table, (0, 0, 0, _INDENT)))
+
+
+def _removed(report: Report, console: Console, *, verbose: bool) -> None:
+    """List what was removed, group by group, and whether that is what was asked for."""
+    for removed in removals.tables(report.passes):
+        _heading("Removed", console, words.printable(removed.spec))
+        shown = list(removed.lines) if verbose else removed.largest(GROUPS)
+        table = _table()
+        table.add_column(removals.TITLES[0], ratio=1, overflow="fold")
+        for title in removals.TITLES[1:]:
+            table.add_column(title, justify="right", no_wrap=True)
+        width = max(12, console.width - 66)
+        for line in shown:
+            name, *cells = line.cells
+            table.add_row(Text(name if verbose else words.fold(name, width), style="cyan"), *map(Text, cells))
+        console.print(Padding(table, (0, 0, 0, 1)))
+        rest = len(removed.lines) - len(shown)
+        if rest:
+            text = f"and {words.count(rest, 'group')} that save less (--verbose lists them)"
+            console.print(Padding(Text(text, style="dim"), (0, 0, 0, _INDENT)))
+        for text in (removed.total, *(removals.told(r) for r in report.reached if r.spec == removed.spec)):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+        for text in removed.legend:
+            console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
 
 
 def _comparison(report: Report, console: Console) -> None:

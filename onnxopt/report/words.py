@@ -119,6 +119,18 @@ def change(before: float, after: float) -> str:
     return f"{percent:+,.1f}%" if abs(percent) >= 0.05 else f"{percent:+.3f}%"
 
 
+def share(part: float) -> str:
+    """Return a part of something as a percentage, e.g. "12.3%", "<0.1%", "0%"."""
+    if part == 0:
+        return "0%"
+    return "<0.1%" if 0 < part < 0.0005 else f"{part:,.1%}"
+
+
+def saved(part: float) -> str:
+    """Return what something is smaller by, as a change in percent, e.g. "-12.3%"."""
+    return share(part) if part == 0 else f"-{share(part)}" if part > 0 else f"+{share(-part)}"
+
+
 def factor(ratio: float) -> str:
     """Return a factor such as "1.12x", with two decimals, or three digits when it is large."""
     return f"{digits(ratio)}x" if ratio >= 10 else f"{ratio:.2f}x"

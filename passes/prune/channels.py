@@ -10,18 +10,23 @@ from typing import ClassVar, Literal
 import onnx_ir as ir
 
 from onnxopt.allocation.plan import Allocation, Share
-from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
+from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.coupling.activity import activation, observe
 from onnxopt.coupling.analysis import Coupling, Group, analyse
 from onnxopt.coupling.goals import elements, ratio_for_elements, ratio_for_time
 from onnxopt.coupling.importance import Scores, magnitude
+from onnxopt.coupling.ledger import Ledger
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
-from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important, widths
+from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important, part, widths
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
+from onnxopt.removed import Damage, Goal
 from onnxopt.repair.targets import repair_all
+
+Judge = Callable[[Group], tuple[Scores, Literal["weights", "activations"]]]
+"""The importance of the units of a group, and by what."""
 
 DEFAULT_RATIO = 0.5
 
@@ -95,6 +100,12 @@ class PruneChannels(GraphPass):
             return "latency needs models to be run, which --no-measure and --no-verify together turn off"
         return NEEDS_DATA if self.importance != "magnitude" and ctx.calibration is None else None
 
+    def goal(self) -> Goal:
+        """Return what is to be left."""
+        if self.latency is not None:
+            return Goal("time", self.latency)
+        return Goal("channels", 1 - self._wanted) if self.params is None else Goal("parameters", self.params)
+
     def caveat(self) -> str:
         """Say that accuracy is to be repaired."""
         if self.repair:
@@ -117,6 +128,7 @@ class PruneChannels(GraphPass):
             yield shares
             return
         removal = Removal(model, coupling)
+        ledger = Ledger(removal)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         for group in coupling.groups:
             site, gone = Site(self.name, paths[group.makers[0].graph], group.name), shares[group.name].gone
@@ -128,23 +140,22 @@ class PruneChannels(GraphPass):
                 site,
                 f"{group.units} to {keep} {group.noun}{shares[group.name]}",
                 functools.partial(removal.remove, group.roots[gone]),
-                (Width(group.name, group.units, keep),),
-                removal.zeroed,
+                ledger.removed(group, gone, shares[group.name].predicted),
+                reference=removal.zeroed,
             )
         if self.repair and ctx.calibration is not None and removal.remaining:
             yield from repair_all(self.name, original, model, ctx, removal.remaining)
 
-    def _scores(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Callable[[Group], Scores]:
+    def _judge(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Judge:
         """Return what says how important the units of a group are; by magnitude where no data reached them."""
-        if self.importance == "magnitude" or ctx.calibration is None:
-            return magnitude
-        seen = observe(model, coupling, ctx.calibration)
+        data = None if self.importance == "magnitude" else ctx.calibration
+        seen = None if data is None else observe(model, coupling, data)
 
-        def scores(group: Group) -> Scores:
-            found = activation(group, coupling, seen)
-            return magnitude(group) if found is None else found
+        def judge(group: Group) -> tuple[Scores, Literal["weights", "activations"]]:
+            found = None if seen is None else activation(group, coupling, seen)
+            return (magnitude(group), "weights") if found is None else (found, "activations")
 
-        return scores
+        return judge
 
     def _keep(self, group: Group, ratio: float) -> int:
         """Return how many units of a group stay."""
@@ -159,9 +170,9 @@ class PruneChannels(GraphPass):
     def _shares(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Mapping[str, Share] | Refusal:
         """Return what goes of each group, by its name, or why the goal cannot be reached."""
         site = Site(self.name, "", model.graph.name or "")
-        scores = self._scores(model, coupling, ctx)
+        judge = self._judge(model, coupling, ctx)
         choose = self._allocated if self.importance == "loss" else self._uniform
-        found = choose(model, coupling, ctx, scores)
+        found = choose(model, coupling, ctx, judge)
         if found is not None:
             return found
         if self.params is not None:
@@ -174,27 +185,26 @@ class PruneChannels(GraphPass):
     def _wanted(self) -> float:
         return DEFAULT_RATIO if self.ratio is None else self.ratio
 
-    def _allocated(
-        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
-    ) -> Mapping[str, Share] | None:
+    def _allocated(self, model: ir.Model, coupling: Coupling, ctx: Context, judge: Judge) -> Mapping[str, Share] | None:
         """Return what goes of each group so that the outputs lose least."""
-        found = Allocation(model, coupling, ctx, lambda g: widths(g, self.multiple, self.min_channels), scores)
+        possible = functools.partial(widths, multiple=self.multiple, least=self.min_channels)
+        found = Allocation(model, coupling, ctx, possible, lambda group: judge(group)[0])
         if self.params is not None:
             return found.for_elements(self.params)
         if self.latency is not None:
             return found.for_time(self.latency, f"{self} of {elements(model)}")
         return found.for_ratio(self._wanted)
 
-    def _uniform(
-        self, model: ir.Model, coupling: Coupling, ctx: Context, scores: Callable[[Group], Scores]
-    ) -> Mapping[str, Share] | None:
+    def _uniform(self, model: ir.Model, coupling: Coupling, ctx: Context, judge: Judge) -> Mapping[str, Share] | None:
         """Return what goes when each group loses the same part."""
-        ranked = [(group, scores(group)) for group in coupling.groups]
+        judged = [(group, *judge(group)) for group in coupling.groups]
 
         def shares(ratio: float) -> dict[str, Share]:
-            return {
-                group.name: Share(least_important(own, group.units - self._keep(group, ratio))) for group, own in ranked
-            }
+            found = {}
+            for group, scores, of in judged:
+                gone = least_important(scores, group.units - self._keep(group, ratio))
+                found[group.name] = Share(gone, importance=Damage(part(scores, gone), of))
+            return found
 
         total = elements(model)
         if self.params is not None:

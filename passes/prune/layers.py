@@ -10,10 +10,13 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.analysis.blocks import Block, residual_blocks
+from onnxopt.analysis.flops import count
+from onnxopt.analysis.inspect import summary_stats
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.graph import bodies, copied, remove_unused, replace_value
+from onnxopt.graph import bodies, constant_tensor, copied, is_op, remove_unused, replace_value
+from onnxopt.removed import Change, Damage, Removed, Width
 from onnxopt.repair.fit import repair
 from onnxopt.repair.outputs import FLOATS, OutputError
 from onnxopt.repair.targets import targets
@@ -74,7 +77,7 @@ class PruneLayers(GraphPass):
             removed = False
             for trial in trials:
                 edit = _Removal(trial, model, stands_for)
-                yield Edit(trial.site, trial.summary, edit)
+                yield Edit(trial.site, trial.summary, edit, _removed(trial, model, ctx.shapes))
                 removed = edit.done
                 if removed:
                     break
@@ -147,6 +150,35 @@ class _Removal:
         _leave_out(self._model, self._start, self._end)
         self._stands_for[self._start] = self._stands_for.get(self._end, self._end)
         self.done = True
+
+
+def _removed(trial: _Trial, model: ir.Model, shapes: Shapes) -> Removed:
+    """Return what goes with a block."""
+    shorter = copied(model)
+    start, end = trial.block.start.name or "", trial.block.end.name or ""
+    _leave_out(shorter, start, end)
+    blocks = [len(residual_blocks(*each)) for each in ((model, shapes), (shorter, Shapes(shorter)))]
+    sizes = [(summary_stats(each).parameters, count(each).macs) for each in (model, shorter)]
+    return Removed(
+        name=f"{start} to {end}",
+        unit="residual blocks",
+        units=Change(*blocks),
+        widths=tuple(_widths(trial.block, shapes)),
+        channels=None,
+        parameters=Change(sizes[0][0], sizes[1][0]),
+        macs=Change(sizes[0][1], sizes[1][1]),
+        unrepaired=Damage(trial.error, "outputs"),
+    )
+
+
+def _widths(block: Block, shapes: Shapes) -> Iterator[Width]:
+    """Yield the layers of a block, of which nothing is left."""
+    for node in block.layers:
+        shape = shapes.of(node.outputs[0])
+        size = None if not shape else shape[1 if is_op(node, "Conv", "ConvTranspose") else -1]
+        weight = next((v.name for v in node.inputs if v is not None and constant_tensor(v) is not None), None)
+        if isinstance(size, int) and weight:
+            yield Width(weight, "outputs", size, 0)
 
 
 def _behind(model: ir.Model, name: str) -> set[str | None]:

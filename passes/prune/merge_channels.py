@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
-from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site, Width
+from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.coupling.analysis import Group, analyse
+from onnxopt.coupling.ledger import Ledger
 from onnxopt.coupling.likeness import Plan, inseparable, plans, sum_up
 from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept
 from onnxopt.errors import UsageError
 from onnxopt.graph import scopes
+from onnxopt.removed import Damage, Goal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,10 @@ class MergeChannels(GraphPass):
         """Return that likeness is better seen on data."""
         return True
 
+    def goal(self) -> Goal:
+        """Return what is to be left."""
+        return Goal("channels", 1 - self.ratio)
+
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together."""
         coupling = analyse(model, ctx.shapes)
@@ -80,6 +86,8 @@ class MergeChannels(GraphPass):
         # All of it before the first edit: the model that is looked at is the original.
         found = list(plans(model, coupling, wanted, ctx.calibration))
         removal = Removal(model, coupling)
+        ledger = Ledger(removal)
+        seen: Literal["weights", "activations"] = "weights" if ctx.calibration is None else "activations"
         for group, plan in found:
             if plan is None:
                 yield Refusal(sites[group.name], "not all that it is multiplied by could be seen")
@@ -89,8 +97,8 @@ class MergeChannels(GraphPass):
                 sites[group.name],
                 f"{group.units} to {keep} {group.noun}, the others merged into them",
                 functools.partial(_apply, removal, group, plan),
-                (Width(group.name, group.units, keep),),
-                removal.zeroed,
+                ledger.removed(group, plan.merge.gone, Damage(plan.lost, seen)),
+                reference=removal.zeroed,
             )
 
     def _keep(self, group: Group) -> int:

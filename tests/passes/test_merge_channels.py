@@ -11,9 +11,10 @@ import onnxopt
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
-from onnxopt.contract import Context, Refusal, Width
+from onnxopt.contract import Context, Refusal
 from onnxopt.errors import UsageError
 from onnxopt.passes.prune.merge_channels import MergeChannels
+from onnxopt.removed import Change, Width
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -65,7 +66,10 @@ def test_neurons_that_are_multiples_merge_without_loss(made, data):
     ctx = context(model, [{"x": x}] if data else None)
     (edit,) = MergeChannels(ratio=0.5).run(model, ctx)
     assert edit.summary == "16 to 8 channels, the others merged into them"
-    assert edit.widths == (Width("w", 16, 8),)
+    assert edit.removed.units == Change(16, 8)
+    assert edit.removed.widths == (Width("w", "outputs", 16, 8), Width("v", "inputs", 16, 8))
+    assert edit.removed.predicted.of == ("activations" if data else "weights")
+    assert edit.removed.predicted.share == pytest.approx(0, abs=1e-6)
     edit.apply()
     assert list(model.graph.initializers["w"].const_value.shape) == [16, 8]
     np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)

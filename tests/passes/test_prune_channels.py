@@ -11,7 +11,7 @@ from onnxopt import model as models
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
-from onnxopt.contract import Context, Edit, Refusal, Width
+from onnxopt.contract import Context, Edit, Refusal
 from onnxopt.coupling.analysis import analyse
 from onnxopt.coupling.goals import elements, removed
 from onnxopt.coupling.removal import Removal
@@ -19,6 +19,7 @@ from onnxopt.coupling.selection import rounded
 from onnxopt.errors import UsageError
 from onnxopt.graph import all_nodes, constant_tensor
 from onnxopt.passes.prune.channels import PruneChannels
+from onnxopt.removed import Change, Damage, Goal, Width
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -55,7 +56,14 @@ def test_the_weakest_neurons_go():
     model = mlp()
     (edit,) = (item for item in found(model) if isinstance(item, Edit))
     assert (edit.site.output, edit.summary) == ("w", "64 to 32 channels")
-    assert edit.widths == (Width("w", 64, 32),)
+    removed = edit.removed
+    assert removed.units == removed.channels == Change(64, 32)
+    assert removed.widths == (Width("w", "outputs", 64, 32), Width("v", "inputs", 64, 32))
+    assert removed.parameters == Change(16 * 64 + 64 + 64 * 4, 16 * 32 + 32 + 32 * 4)
+    assert removed.macs == Change(2 * 64 * (16 + 4), 2 * 32 * (16 + 4))
+    assert removed.behind == ("y",)
+    assert removed.predicted.of == "weights"
+    assert 0 < removed.predicted.share < 0.3  # the weakest half
     before = model.graph.initializers["w"].const_value.numpy()
     edit.apply()
     after = model.graph.initializers["w"].const_value.numpy()
@@ -63,6 +71,38 @@ def test_the_weakest_neurons_go():
     assert after.shape == (16, 32)
     assert kept == sorted(kept)
     assert np.mean(kept) > 44
+
+
+def test_what_the_layers_behind_lack_and_what_is_left_of_what_was_asked_is_told(tmp_path):
+    np.savez(tmp_path / "x.npz", x=np.random.default_rng(1).normal(size=(256, 16)).astype(np.float32))
+    result = onnxopt.optimize(
+        mlp(),
+        passes="prune-channels{ratio=0.25,multiple=4}",
+        max_error=float("inf"),
+        measure=False,
+        data=tmp_path / "x.npz",
+    )
+    removal, repair = result.report.passes[0].applied
+    assert removal.removed.units == Change(64, 48)
+    assert repair.fit.layer == "y"
+    assert removal.removed.unrepaired == Damage(repair.fit.before, "layers")
+    assert removal.removed.measured == Damage(repair.fit.after, "layers")
+    assert 0 < repair.fit.after < repair.fit.before
+    (goal,) = result.report.reached
+    assert (goal.of, goal.asked, goal.reached) == ("channels", 0.75, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("options", "goal"),
+    [
+        ({}, Goal("channels", 0.5)),
+        ({"ratio": 0.25}, Goal("channels", 0.75)),
+        ({"params": 0.3}, Goal("parameters", 0.3)),
+        ({"latency": 0.8}, Goal("time", 0.8)),
+    ],
+)
+def test_what_is_asked_for(options, goal):
+    assert PruneChannels(**options).goal() == goal
 
 
 def test_inputs_and_outputs_of_the_model_are_named_as_reasons():

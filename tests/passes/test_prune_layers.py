@@ -14,6 +14,7 @@ from onnxopt.cli import cli
 from onnxopt.contract import NEEDS_DATA, Context, Edit
 from onnxopt.errors import UsageError
 from onnxopt.passes.prune.layers import PruneLayers
+from onnxopt.removed import Change, Width
 from onnxopt.repair.outputs import OutputError
 from onnxopt.runtime import RunOptions, open_session
 
@@ -82,6 +83,21 @@ def test_the_block_that_does_least_goes() -> None:
     assert done[1].startswith("block from a1 on left out (Gemm, Gemm; 512 weights): outputs deviate by ")
     assert done[1].endswith("% before repair")
     assert [n.outputs[0].name for n in model.graph][:8] == ["a0", "h0", "r0", "o0", "a1", "h2", "r2", "o2"]
+
+
+def test_what_goes_with_a_block_is_told() -> None:
+    model = ir.from_proto(network())
+    found = next(item for item in PruneLayers(repair=False).run(model, context(model, FEEDS)) if isinstance(item, Edit))
+    removed = found.removed
+    assert removed is not None
+    assert (removed.name, removed.unit, removed.units) == ("a1 to a2", "residual blocks", Change(4, 3))
+    assert removed.widths == (Width("u1", "outputs", SIZE, 0), Width("v1", "outputs", SIZE, 0))
+    assert removed.parameters.gone == 2 * SIZE * SIZE
+    assert removed.macs.gone == 2 * SIZE * SIZE  # for one sample
+    assert removed.unrepaired is not None
+    assert removed.unrepaired.of == "outputs"
+    assert f"outputs deviate by {removed.unrepaired.share:.1%}" in found.summary
+    assert removed.measured is None
 
 
 def test_what_is_left_makes_up_for_it() -> None:

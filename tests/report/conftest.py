@@ -8,14 +8,16 @@ import pytest
 
 from onnxopt.analysis.inspect import ModelStats
 from onnxopt.compare.tally import OutputDeviation
-from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site, Width
+from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
+from onnxopt.removed import Change, Damage, Fit, Removed, Width
 from onnxopt.report.data import (
     SCHEMA_VERSION,
     Candidate,
     Environment,
     FloatLayer,
+    Reached,
     Report,
     SearchReport,
     SlowPass,
@@ -40,8 +42,49 @@ def pass_report(name: str, status: Any, **changes: Any) -> PassReport:
     return dataclasses.replace(plain, **changes)
 
 
-def applied(name: str, output: str, summary: str, graph: str = "", widths: tuple[Width, ...] = ()) -> AppliedEdit:
-    return AppliedEdit(Site(name, graph, output), summary, widths)
+def applied(name: str, output: str, summary: str, graph: str = "", **changes: Any) -> AppliedEdit:
+    return AppliedEdit(Site(name, graph, output), summary, **changes)
+
+
+def removed(name: str, before: int, after: int, **changes: Any) -> Removed:
+    plain = Removed(
+        name=name,
+        unit="channels",
+        units=Change(before, after),
+        widths=(Width(name, "outputs", before, after),),
+        channels=Change(200, 200 - before + after),
+        parameters=Change(1000, 1000 - 2 * (before - after)),
+        macs=Change(50_000, 40_000),
+    )
+    return dataclasses.replace(plain, **changes)
+
+
+def pruned() -> PassReport:
+    """Two groups that one pass made narrower, and a layer that was fitted."""
+    first = removed(
+        "conv1.weight",
+        64,
+        48,
+        predicted=Damage(0.0213, "outputs"),
+        unrepaired=Damage(0.5, "layers"),
+        measured=Damage(0.034, "layers"),
+        behind=("y1",),
+    )
+    second = removed(
+        "attention.weight",
+        12,
+        3,
+        unit="blocks of 16 channels",
+        channels=Change(184, 40),
+        parameters=Change(968, 500),
+        macs=Change(40_000, 39_990),
+    )
+    edits = (
+        applied("prune-channels", "conv1.weight", "64 to 48 channels", removed=first),
+        applied("prune-channels", "attention.weight", "12 to 3 blocks of 16 channels", removed=second),
+        applied("prune-channels", "y1", "weights fitted", fit=Fit("y1", 0.5, 0.034)),
+    )
+    return pass_report("prune-channels", "kept", spec="prune-channels{latency=0.85}", applied=edits)
 
 
 def passes() -> tuple[PassReport, ...]:
@@ -56,7 +99,7 @@ def passes() -> tuple[PassReport, ...]:
         pass_report(
             "merge-common-subexpressions",
             "kept",
-            applied=(applied("merge", LONG, "same as /Other_output_0", "If_3.then_branch", (Width("conv", 64, 32),)),),
+            applied=(applied("merge", LONG, "same as /Other_output_0", "If_3.then_branch"),),
             dropped=(
                 DroppedEdit(Site("merge", "", "/bad_output_0"), "same as /x", "output logits deviates by 3.4e-02"),
             ),
@@ -189,6 +232,13 @@ REPORT = Report(
 @pytest.fixture
 def report() -> Report:
     return REPORT
+
+
+@pytest.fixture
+def removals(make: Callable[..., Any]) -> Any:
+    """Return a report of a pass that made groups narrower."""
+    goal = Reached("prune-channels{latency=0.85}", "time", 0.85, 0.862, 0.84, 0.88)
+    return make(passes=(*passes(), pruned()), reached=(goal,))
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from onnxopt.contract import AppliedEdit, DroppedEdit, Site, Width
+from onnxopt.contract import AppliedEdit, DroppedEdit, Site
+from onnxopt.removed import Change, Removed, Width
 from onnxopt.report import charts
 from onnxopt.report.data import Report
 from onnxopt.report.html import EDITS, to_html
@@ -131,6 +132,12 @@ def test_what_is_missing_is_said(make: Make) -> None:
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&</title></style>]]>\x1b[2J\u202e"
 
 
+def removed(name: str, before: int, after: int, unit: str = "channels") -> Removed:
+    """What an edit takes out of a group."""
+    widths = (Width(name, "outputs", before, after),) * 8
+    return Removed(name, unit, Change(before, after), widths, None, Change(900, 450), Change(10, 9), behind=(name,))
+
+
 def test_names_from_strangers_are_text(make: Make, report: Report, logits: Any) -> None:
     site = Site(EVIL, EVIL, EVIL)
     hostile = dataclasses.replace(
@@ -138,7 +145,7 @@ def test_names_from_strangers_are_text(make: Make, report: Report, logits: Any) 
         name=EVIL,
         spec=EVIL,
         reason=EVIL,
-        applied=(AppliedEdit(site, EVIL, (Width(EVIL, 8, 4),)),),
+        applied=(AppliedEdit(site, EVIL, removed(EVIL, 8, 4, EVIL)),),
         dropped=(DroppedEdit(site, EVIL, EVIL),),
         refusals=((EVIL, 1),),
     )
@@ -185,17 +192,25 @@ def test_many_edits_are_cut_with_a_word(make: Make, report: Report) -> None:
 
 
 def test_widths_are_drawn_from_the_first_to_the_last_edit(make: Make, report: Report) -> None:
-    edits = (
-        AppliedEdit(Site("p", "", "a"), "x", (Width("conv1", 64, 48), Width("conv2", 32, 30))),
-        AppliedEdit(Site("p", "", "b"), "x", (Width("conv1", 48, 32),)),
-    )
+    found = (removed("conv1", 64, 48), removed("conv2", 32, 30), removed("conv1", 48, 32))
+    edits = tuple(AppliedEdit(Site("p", "", r.name), "x", r) for r in found)
     page = to_html(make(passes=(dataclasses.replace(report.passes[0], applied=edits),)))
     assert "<h2>Widths</h2>" in page
     assert "conv1: 64 -&gt; 32" in page and "conv2: 32 -&gt; 30" in page
 
 
-def test_without_narrower_layers_there_is_no_picture_of_widths(make: Make, report: Report) -> None:
-    assert "<h2>Widths</h2>" in to_html(report)
+def test_each_group_that_was_removed_is_listed_with_its_layers_and_what_it_costs(removals: Report) -> None:
+    text = " ".join(Page(to_html(removals)).text.split())
+    assert "asked for 85.0% of the time, reached 86.2% (95% interval 84.0% to 88.0%)." in text
+    assert "Gone: 80.0% of the channels that could go, 50.0% of the parameters, 20.0% of the multiply-adds." in text
+    assert (
+        "conv1.weight 64 -> 48 channels -3.2% -32 -20.0% -10,000 2.1% 50.0% -> 3.4% conv1.weight outputs: 64 -> 48"
+    ) in text
+    assert "attention.weight 12 -> 3 blocks of 16 channels -46.8% -468 -<0.1% -10 - -" in text
+
+
+def test_without_removals_there_is_no_picture_of_widths(make: Make, report: Report, removals: Report) -> None:
+    assert "<h2>Widths</h2>" in to_html(removals)
     assert "<h2>Widths</h2>" not in to_html(make(passes=(report.passes[1],)))
 
 

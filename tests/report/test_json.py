@@ -37,9 +37,15 @@ def dataclasses_in(value: Any) -> Iterator[Any]:
             yield from dataclasses_in(item)
 
 
-def test_the_document_names_every_field_and_no_other(make: Callable[..., Report]) -> None:
+@pytest.fixture
+def full(make: Callable[..., Report], removals: Report) -> Report:
+    """A report in which every type is found."""
+    return make(metric={}, search={}, passes=removals.passes, reached=removals.reached)
+
+
+def test_the_document_names_every_field_and_no_other(full: Report) -> None:
     documented = sections()
-    found = {type(v).__name__: v for v in dataclasses_in(make(metric={}, search={}))}
+    found = {type(v).__name__: v for v in dataclasses_in(full)}
     assert set(documented) == set(found)
     for name, value in found.items():
         fields = [f.name for f in dataclasses.fields(value)]
@@ -51,7 +57,7 @@ def test_the_document_explains_every_field() -> None:
         assert re.fullmatch(r"\| `\w+` \| [^|]+ \| [A-Z\"].*\S \|", row), row
 
 
-def test_the_types_of_the_document_hold(make: Callable[..., Report]) -> None:
+def test_the_types_of_the_document_hold(full: Report) -> None:
     """Each documented type starts with the word for what the JSON has."""
     kinds = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", type(None): "null"}
     text = SCHEMA.read_text(encoding="utf-8")
@@ -60,7 +66,7 @@ def test_the_types_of_the_document_hold(make: Callable[..., Report]) -> None:
     for name, body in zip(parts[1::2], parts[2::2], strict=True):
         for field, kind in re.findall(r"^\| `(\w+)` \| ([^|]+) \|", body, flags=re.MULTILINE):
             documented[name, field] = kind.strip()
-    for value in dataclasses_in(make(metric={}, search={})):
+    for value in dataclasses_in(full):
         for field, content in plain(value).items():
             kind = documented[type(value).__name__, field]
             if isinstance(content, dict):
@@ -88,6 +94,17 @@ def test_everything_is_in_it(make: Callable[..., Report]) -> None:
     assert content["verification"]["shapes"] == {"batch": [1, 2]}
     assert list(content["seconds"]) == ["load", "passes", "measure"]
     assert content["metric"]["drop"] == 0.001
+
+
+def test_what_was_removed_is_in_it_as_numbers(removals: Report) -> None:
+    content = json.loads(to_json(removals))
+    first, second, fitted = content["passes"][-1]["applied"]
+    assert first["removed"]["units"] == {"before": 64, "after": 48}
+    assert first["removed"]["predicted"] == {"share": 0.0213, "of": "outputs"}
+    assert second["removed"]["widths"] == [{"layer": "attention.weight", "side": "outputs", "before": 12, "after": 3}]
+    assert second["removed"]["measured"] is None
+    assert (fitted["removed"], fitted["fit"]["after"]) == (None, 0.034)
+    assert content["reached"][0]["reached"] == 0.862
 
 
 def test_numbers_that_json_lacks_are_strings(make: Callable[..., Report]) -> None:

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from onnxopt.contract import AppliedEdit, DroppedEdit, Site
+from onnxopt.removed import Change
 from onnxopt.report.data import Report
 from onnxopt.report.terminal import OUTPUTS, render, to_text
 
@@ -254,3 +255,40 @@ def test_passes_that_found_nothing_are_named_together_unless_all_is_asked_for(re
 def test_the_hint_names_no_pass_where_several_had_near_misses(report: Report) -> None:
     passes = tuple(dataclasses.replace(p, refusals=(("no", 1),)) for p in report.passes[:2])
     assert "models/encoder.onnx -p PASS" in to_text(dataclasses.replace(report, passes=passes), width=140)
+
+
+def test_groups_that_were_removed_are_listed_with_what_they_save_and_cost(removals: Report) -> None:
+    text = flat(to_text(removals))
+    assert "conv1.weight 64 -> 48 -3.2% -20.0% 2.1% 50.0% -> 3.4%" in text
+    assert "Gone: 80.0% of the channels that could go, 50.0% of the parameters, 20.0% of the multiply-adds." in text
+    assert "asked for 85.0% of the time, reached 86.2% (95% interval 84.0% to 88.0%)." in text
+    assert "Expected: how far the outputs deviate" in text
+    assert "Measured: how far the layers behind are off" in text
+
+
+def test_a_goal_that_was_not_measured_is_said_to_be_so(removals: Report, make: Make) -> None:
+    goal = dataclasses.replace(removals.reached[0], reached=None, low=None, high=None)
+    text = flat(to_text(make(passes=removals.passes, reached=(goal,))))
+    assert "asked for 85.0% of the time; the result was not measured." in text
+
+
+def test_only_the_groups_that_save_most_are_listed_unless_all_are_asked_for(removals: Report, make: Make) -> None:
+    done = removals.passes[-1]
+    edits = [
+        dataclasses.replace(edit, removed=_saving(edit.removed, i)) for i in range(12) for edit in done.applied[:1]
+    ]
+    found = make(passes=(dataclasses.replace(done, applied=tuple(edits)),))
+    text, verbose = (to_text(found, verbose=v) for v in (False, True))
+    assert "group11 " in text and "group3 " not in text
+    assert "and 4 groups that save less (--verbose lists them)" in text
+    assert "group3 " in verbose and "that save less" not in verbose
+
+
+def _saving(removed: Any, parameters: int) -> Any:
+    return dataclasses.replace(removed, name=f"group{parameters}", parameters=Change(1000, 1000 - parameters))
+
+
+@pytest.mark.parametrize("width", [60, 80, 100])
+def test_the_table_of_what_was_removed_fits(removals: Report, width: int) -> None:
+    assert max(cell_len(line) for line in to_text(removals, width=width).splitlines()) <= width
+    assert "…" not in to_text(removals, width=width)

@@ -1,0 +1,178 @@
+"""What a report says of what was removed: what each group saves and costs, and whether goals are met."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from onnxopt.removed import Change, Damage, Removed
+from onnxopt.report import words
+from onnxopt.report.data import Reached
+
+if TYPE_CHECKING:
+    from onnxopt.contract import GraphPass, PassReport
+    from onnxopt.measure import Measurement
+
+TITLES = ("group", "width", "params", "mult-adds", "expected", "measured")
+"""Of the columns of `Line.cells`."""
+
+_EXPECTED = {
+    "outputs": "how far the outputs deviate, with the layers behind making up for it where they can be read",
+    "weights": "the part of the group's weights that goes, by squared norm",
+    "activations": "the part of what the group brings into the layers behind it that goes",
+}
+_MEASURED = {
+    "outputs": "how far the outputs deviate, before the layers left are fitted",
+    "layers": "how far the layers behind are off, before and after they were fitted, by the spread of what they "
+    "computed, on samples held back; of several the worst",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Line:
+    """One group in the table of what was removed.
+
+    Attributes:
+        removed: The group.
+        parameters: What it saves of the parameters that the pass found.
+        macs: What it saves of the multiply-accumulates that the pass found.
+    """
+
+    removed: Removed
+    parameters: float
+    macs: float
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """What stands below `TITLES`."""
+        done = self.removed
+        measured = [words.share(d.share) for d in (done.unrepaired, done.measured) if d is not None]
+        return (
+            words.printable(done.name),
+            f"{done.units.before:,} -> {done.units.after:,}",
+            words.saved(self.parameters),
+            words.saved(self.macs),
+            "-" if done.predicted is None else words.share(done.predicted.share),
+            " -> ".join(measured) or "-",
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """What one pass removed.
+
+    Attributes:
+        spec: The pass as a pipeline string.
+        lines: The groups, in order.
+    """
+
+    spec: str
+    lines: tuple[Line, ...]
+
+    @property
+    def parameters(self) -> Change:
+        """Parameters of the model before the first removal and after the last."""
+        return Change(self.lines[0].removed.parameters.before, self.lines[-1].removed.parameters.after)
+
+    @property
+    def macs(self) -> Change:
+        """Multiply-accumulates of the model, likewise."""
+        return Change(self.lines[0].removed.macs.before, self.lines[-1].removed.macs.after)
+
+    @property
+    def total(self) -> str:
+        """What is gone in all, in a sentence."""
+        parts = []
+        channels = channels_of([line.removed for line in self.lines])
+        if channels is not None:
+            parts.append(f"{_gone(channels)} of the channels that could go")
+        parts.append(f"{_gone(self.parameters)} of the parameters")
+        parts.append(f"{_gone(self.macs)} of the multiply-adds")
+        return f"Gone: {', '.join(parts)}."
+
+    @property
+    def legend(self) -> list[str]:
+        """What the last two columns show, in sentences."""
+        expected = _meanings([line.removed.predicted for line in self.lines], _EXPECTED)
+        measured = _meanings([line.removed.measured or line.removed.unrepaired for line in self.lines], _MEASURED)
+        told = (("Expected", expected), ("Measured", measured))
+        return [f"{title}: {text}." for title, text in told if text]
+
+    def largest(self, count: int) -> list[Line]:
+        """Return the groups that save most parameters, in their order."""
+        ranked = sorted(self.lines, key=lambda line: -line.parameters)[:count]
+        chosen = {id(line) for line in ranked}
+        return [line for line in self.lines if id(line) in chosen]
+
+
+def tables(passes: Sequence[PassReport]) -> Iterator[Table]:
+    """Yield a table for each pass that removed something."""
+    for done in passes:
+        removed = [edit.removed for edit in done.applied if edit.removed is not None]
+        if removed:
+            parameters, macs = removed[0].parameters.before, removed[0].macs.before
+            lines = [Line(r, _part(r.parameters, parameters), _part(r.macs, macs)) for r in removed]
+            yield Table(done.spec, tuple(lines))
+
+
+def reached(
+    passes: Sequence[GraphPass], reports: Sequence[PassReport], measurement: Measurement | None
+) -> Iterator[Reached]:
+    """Yield what passes were asked to leave of a model, and what is left.
+
+    Args:
+        passes: The passes.
+        reports: What each of them did; those whose edits do not stand have nothing to tell.
+        measurement: The time of the result by that of the original.
+    """
+    for graph_pass, done in zip(passes, reports, strict=True):
+        goal = graph_pass.goal()
+        removed = [edit.removed for edit in done.applied if edit.removed is not None]
+        if goal is None or not removed:
+            continue
+        if goal.of == "time":
+            low_high = (None, None) if measurement is None else (measurement.low, measurement.high)
+            yield Reached(done.spec, goal.of, goal.part, None if measurement is None else measurement.ratio, *low_high)
+            continue
+        change = channels_of(removed)
+        if goal.of == "parameters":
+            change = Change(removed[0].parameters.before, removed[-1].parameters.after)
+        left = None if change is None or not change.before else change.after / change.before
+        yield Reached(done.spec, goal.of, goal.part, left)
+
+
+def told(goal: Reached) -> str:
+    """Return what was asked for and what was reached, in a sentence."""
+    name, asked = words.printable(goal.spec), words.share(goal.asked)
+    if goal.of != "time":
+        left = "an unknown part" if goal.reached is None else words.share(goal.reached)
+        return f"{name}: asked to leave {asked} of the {goal.of}; {left} is left."
+    if goal.reached is None:
+        return f"{name}: asked for {asked} of the time; the result was not measured."
+    interval = "" if goal.low is None or goal.high is None else _interval(goal.low, goal.high)
+    return f"{name}: asked for {asked} of the time, reached {words.share(goal.reached)}{interval}."
+
+
+def _interval(low: float, high: float) -> str:
+    return f" (95% interval {words.share(low)} to {words.share(high)})"
+
+
+def channels_of(removed: Sequence[Removed]) -> Change | None:
+    """Return the channels of the model that could go before and after removals; None where they were not counted."""
+    first, last = removed[0].channels, removed[-1].channels
+    return None if first is None or last is None else Change(first.before, last.after)
+
+
+def _part(change: Change, whole: int) -> float:
+    return change.gone / whole if whole else 0.0
+
+
+def _gone(change: Change) -> str:
+    return words.share(_part(change, change.before))
+
+
+def _meanings(damages: Sequence[Damage | None], texts: dict[str, str]) -> str:
+    """Return what damages of a table are shares of."""
+    kinds = dict.fromkeys(damage.of for damage in damages if damage is not None)
+    return "; or ".join(texts[kind] for kind in kinds)
