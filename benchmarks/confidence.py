@@ -34,7 +34,7 @@ from onnxopt.pipeline import Pipeline
 from onnxopt.runtime import open_session
 from onnxopt.search import decision
 from onnxopt.search.candidates import KEEP, propose, take_inventory
-from onnxopt.search.decision import Limits, Record, Speed
+from onnxopt.search.decision import MOST_EFFORT, Limits, Record, Speed
 
 ALLOWED = 0.05
 MODELS = Path(__file__).parent.parent / "models"
@@ -93,10 +93,10 @@ def decide(
         judge: Compares a candidate on samples.
     """
     limits = Limits(None, budget)
-    records = [Record("0", "", bytes=1000, speed=Speed(1.0, 1.0, 1.0, precise=True))]
+    records = [Record("0", "", bytes=1000, speed=Speed(1.0, 1.0, 1.0, MOST_EFFORT))]
     for place, index in enumerate(order):
         ratio = 0.2 + 0.6 * place / len(order)
-        speed = Speed(ratio, ratio, ratio, precise=True)
+        speed = Speed(ratio, ratio, ratio, MOST_EFFORT)
         metric = judge(candidates[index], chosen)
         records.append(Record(str(index), "lossy", bytes=500, speed=speed, worst=0.1, metric=metric))
     winner = decision.choose(records, limits, "latency")

@@ -191,6 +191,15 @@ def _metric_row(metric: MetricResult) -> Row:
     return Row(words.printable(metric.name), f"{metric.baseline:.4g}", f"{metric.candidate:.4g}", drop)
 
 
+def alike(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """Put candidates together of which the same is to be said; those that leave layers in float stand by themselves."""
+    groups: dict[tuple[str, str, str], list[Candidate]] = {}
+    for candidate in candidates:
+        alone = candidate.name if candidate.in_float else ""
+        groups.setdefault((candidate.status, candidate.reason, alone), []).append(candidate)
+    return list(groups.values())
+
+
 def searched(search: SearchReport) -> str:
     """Return what was searched for and how it was judged, in a sentence."""
     goal = "the fastest" if search.objective == "latency" else "the smallest that is not slower"

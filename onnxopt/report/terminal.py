@@ -112,14 +112,16 @@ def _search(search: SearchReport, console: Console, *, verbose: bool) -> None:
         cells = (Text(cell) for cell in summary.candidate_cells(candidate))
         table.add_row(name, *cells, Text(candidate.status, style=style))
     console.print(Padding(table, (0, 0, 0, 1)))
-    for candidate in search.candidates:
-        if verbose or candidate.status != "kept" or candidate.in_float:
-            _candidate(candidate, console, verbose=verbose)
+    told = [c for c in search.candidates if verbose or c.status != "kept" or c.in_float]
+    for alike in [[c] for c in told] if verbose else summary.alike(told):
+        _candidates(alike, console, verbose=verbose)
 
 
-def _candidate(candidate: Candidate, console: Console, *, verbose: bool) -> None:
-    """Say what became of a candidate, and which layers it leaves alone."""
-    text = Text(f"{words.printable(candidate.name)}: ", style=_CANDIDATE_STYLE[candidate.status])
+def _candidates(alike: Sequence[Candidate], console: Console, *, verbose: bool) -> None:
+    """Say what became of candidates that have the same to be said of them, and which layers they leave alone."""
+    candidate = alike[0]
+    names = "; ".join(words.printable(c.name) for c in alike)
+    text = Text(f"{names}: ", style=_CANDIDATE_STYLE[candidate.status])
     text.append(words.sentence(candidate.reason), style="default not bold")
     console.print(Padding(text, (0, 0, 0, 2)))
     if candidate.pipeline and verbose:

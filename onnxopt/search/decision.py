@@ -1,4 +1,4 @@
-"""Which candidate wins, and what became of the others: plain values in, plain values out."""
+"""Which candidate wins, and which must be timed again before that is clear: plain values in, plain values out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from onnxopt.metrics import MetricResult
-from onnxopt.report.data import Candidate, CandidateStatus, FloatLayer, Objective
-from onnxopt.report.words import count, deviation
+from onnxopt.report.data import FloatLayer, Objective
 
 NEGLIGIBLE = 0.1
 """Losses that differ by less than this part of the budget count as equal."""
@@ -18,8 +17,11 @@ NEGLIGIBLE = 0.1
 SAME_SIZE = 0.01
 """Sizes that differ by less than this part count as equal."""
 
-BEYOND_REACH = 1e4
-"""Nobody has so many times as many samples."""
+SAME_SPEED = 0.05
+"""Times that differ by less than this part count as equal where their intervals overlap."""
+
+MOST_EFFORT = 3
+"""So often a candidate is timed again, each time longer."""
 
 Fit = Literal["within", "over", "unproven"]
 
@@ -44,12 +46,24 @@ COUNTED = ("top1", "ctc")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Speed:
-    """Time by the original's time, with its 95% interval; `precise` after more than a first look."""
+    """Time by the original's time, with its 95% interval.
+
+    Attributes:
+        ratio: The time.
+        low: Lower end of the interval.
+        high: Upper end.
+        effort: How it was measured: 0 for a first look, one more each time it was timed again and longer.
+    """
 
     ratio: float
     low: float
     high: float
-    precise: bool
+    effort: int
+
+    @property
+    def width(self) -> float:
+        """Return the width of the interval relative to the ratio."""
+        return (self.high - self.low) / self.ratio
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -207,164 +221,90 @@ def eligible(records: Sequence[Record], limits: Limits) -> list[Record]:
 
 
 def contenders(records: Sequence[Record], limits: Limits, objective: Objective) -> list[Record]:
-    """Return the best, and what is not distinguishable from it by the objective alone."""
+    """Return the best, and what its interval does not tell from it, by the objective alone."""
     possible = eligible(records, limits)
     if objective == "size":
-        least = min(r.bytes or 0 for r in possible)
-        return [r for r in possible if (r.bytes or 0) <= least * (1 + SAME_SIZE)]
-    high = min(1.0 if r.speed is None else r.speed.high for r in possible)
-    return [r for r in possible if (r.speed.low if r.speed else 1.0) <= high]
+        return _smallest(possible)
+    high = min(_speed(r).high for r in possible)
+    return [r for r in possible if _speed(r).low <= high]
+
+
+def finalists(records: Sequence[Record], limits: Limits, objective: Objective) -> list[Record]:
+    """Return those between which quality and size decide.
+
+    For size these are the smallest that did not measure slower. For latency the yardstick is the fastest that was shown
+    to be faster than the original, or is lossless; what measured about as fast, and overlaps with it, stands beside it.
+    """
+    possible = eligible(records, limits)
+    return _alike(possible, [r for r in possible if r.lossless or _speed(r).high < 1.0], objective)
+
+
+def _alike(possible: Sequence[Record], yardsticks: Sequence[Record], objective: Objective) -> list[Record]:
+    """Return what is as good as the best yardstick, by ratios of which a small difference does not count."""
+    if objective == "size":
+        return _smallest([r for r in possible if r.lossless or _speed(r).ratio <= 1 + SAME_SPEED])
+    best = _speed(_fastest(yardsticks))
+    return [r for r in possible if _speed(r).low <= best.high and _speed(r).ratio <= best.ratio * (1 + SAME_SPEED)]
 
 
 def choose(records: Sequence[Record], limits: Limits, objective: Objective) -> Record:
-    """Return the winner: of the contenders those of the best quality, of these the smallest, and of these the fastest.
+    """Return the winner: of the finalists those of the best quality, of these the smallest, and of these the fastest.
 
     Args:
         records: The candidates, each with a name of its own; one of them keeps the model as it is.
         limits: The budget.
         objective: What to look for.
     """
-    good = _good(contenders(records, limits, objective), limits)
-    least = min(r.bytes or 0 for r in good)
-    small = [r for r in good if (r.bytes or 0) <= least * (1 + SAME_SIZE)]
-    return min(small, key=lambda r: (_ratio(r), r.bytes or 0, r.loss, r.name))
+    return _best(finalists(records, limits, objective), limits)
 
 
-def _good(records: Sequence[Record], limits: Limits) -> list[Record]:
+def next_to_time(records: Sequence[Record], limits: Limits, objective: Objective) -> Record | None:
+    """Return the candidate whose time must be known better before the choice is clear, or None.
+
+    All contenders get more than a first look, the fastest first. Then it matters whether wide intervals decide: where
+    taking all that overlap for equally fast and taking the ratios at their word choose differently, what they choose,
+    and the fastest, are timed again and longer, the widest interval first.
+
+    Args:
+        records: The candidates, each with a name of its own; one of them keeps the model as it is.
+        limits: The budget.
+        objective: What is looked for.
+    """
+    overlapping = contenders(records, limits, objective)
+    rough = [r for r in overlapping if not r.lossless and _speed(r).effort == 0]
+    if rough:
+        return _fastest(rough)
+    possible = eligible(records, limits)
+    choices = [_best(overlapping, limits), _best(_alike(possible, possible, objective), limits)]
+    if choices[0] is choices[1]:
+        return None
+    wide = [r for r in (*choices, _fastest(overlapping)) if not r.lossless and _speed(r).width > SAME_SPEED]
+    return max(
+        (r for r in wide if _speed(r).effort < MOST_EFFORT), key=lambda r: (_speed(r).width, r.name), default=None
+    )
+
+
+def _best(records: Sequence[Record], limits: Limits) -> Record:
+    return min(
+        _smallest(of_best_quality(records, limits)), key=lambda r: (_speed(r).ratio, r.bytes or 0, r.loss, r.name)
+    )
+
+
+def of_best_quality(records: Sequence[Record], limits: Limits) -> list[Record]:
     """Return those of the best quality, as far as differences count."""
     least = min(r.loss for r in records)
     return [r for r in records if r.loss <= least + limits.negligible]
 
 
-def _ratio(record: Record) -> float:
-    return 1.0 if record.speed is None else record.speed.ratio
+def _smallest(records: Sequence[Record]) -> list[Record]:
+    least = min(r.bytes or 0 for r in records)
+    return [r for r in records if (r.bytes or 0) <= least * (1 + SAME_SIZE)]
 
 
-def needed_samples(metric: MetricResult, max_drop: float, reach: float = 1.0) -> int | None:
-    """Return about how many samples would prove a drop that is within the budget, or None where none would.
-
-    The interval shrinks with the root of the number of samples; of a loss that was never seen with the number itself.
-
-    Args:
-        metric: What was found.
-        max_drop: The budget.
-        reach: So many times as far from the drop the interval is taken to end.
-    """
-    room, half = max_drop - metric.drop, reach * (metric.high - metric.drop)
-    if room <= 0 or not math.isfinite(half):
-        return None
-    factor = half / room
-    if factor > BEYOND_REACH:
-        return None
-    wanted = metric.samples * (factor if metric.drop == 0 and metric.name in COUNTED else factor**2)
-    digits = max(0, math.floor(math.log10(max(wanted, 1))) - 1)
-    return int(math.ceil(wanted / 10**digits) * 10**digits)
+def _fastest(records: Sequence[Record]) -> Record:
+    return min(records, key=lambda r: (_speed(r).ratio, r.name))
 
 
-def describe(record: Record, records: Sequence[Record], limits: Limits, objective: Objective) -> Candidate:
-    """Return a candidate with what became of it, in words.
-
-    Args:
-        record: One of the candidates.
-        records: All of them.
-        limits: The budget.
-        objective: What was looked for.
-    """
-    status, reason = _outcome(record, records, limits, objective)
-    speed = record.speed
-    return Candidate(
-        name=record.name,
-        pipeline=record.pipeline,
-        status=status,
-        reason=reason,
-        ratio=None if speed is None else speed.ratio,
-        low=None if speed is None else speed.low,
-        high=None if speed is None else speed.high,
-        bytes=record.bytes,
-        worst=record.worst,
-        metric=record.metric,
-        in_float=record.in_float,
-    )
-
-
-def _outcome(
-    record: Record, records: Sequence[Record], limits: Limits, objective: Objective
-) -> tuple[CandidateStatus, str]:
-    winner = choose(records, limits, objective)
-    if record is winner:
-        return "winner", _victory(record, contenders(records, limits, objective), limits, objective)
-    if record.failure:
-        return "failed" if record.applies else "not applicable", record.failure
-    if record.slower and not record.lossless:
-        assert record.speed is not None
-        return "slower", _slowness(record.speed)
-    verdict = judged(records, limits)[record.name]
-    if verdict.fit == "over":
-        return "over budget", _excess(record, limits)
-    if verdict.fit == "unproven":
-        return "not proven", _doubt(record, limits, verdict.reach)
-    if record.speed is None and not record.lossless:
-        return "failed", "it was not measured"
-    return "kept", _second(record, winner, limits, objective)
-
-
-def _slowness(speed: Speed) -> str:
-    return (
-        f"it takes {speed.ratio:.2f} times as long as the original (95% interval {speed.low:.2f} to {speed.high:.2f})"
-    )
-
-
-def _victory(winner: Record, tied: Sequence[Record], limits: Limits, objective: Objective) -> str:
-    if winner.lossless:
-        gain = "faster" if objective == "latency" else "smaller without being slower"
-        return f"no lossy candidate within the budget is clearly {gain}"
-    if len(tied) == 1:
-        return f"it is the {'fastest' if objective == 'latency' else 'smallest that is not slower'} within the budget"
-    like = f"of those within the budget that are about as {'fast' if objective == 'latency' else 'small'}"
-    good = _good(tied, limits)
-    if len(good) == 1:
-        return f"{like}, it costs least quality"
-    equal = " and as good" if math.isfinite(limits.negligible) else ", however good"
-    largest = max(r.bytes or 0 for r in good)
-    if objective == "latency" and largest > (winner.bytes or 0) * (1 + SAME_SIZE):
-        return f"{like}{equal}, it is the smallest"
-    return f"{like}{equal}, it measured fastest"
-
-
-def _second(record: Record, winner: Record, limits: Limits, objective: Objective) -> str:
-    smaller = bool(record.bytes and winner.bytes and record.bytes > winner.bytes * (1 + SAME_SIZE))
-    if objective == "size" and smaller:
-        return f"{winner.name} is smaller"
-    if objective == "latency" and record.speed and winner.speed and record.speed.low > winner.speed.high:
-        return f"{winner.name} is faster"
-    equal = "as small" if objective == "size" else "about as fast"
-    if record.loss > winner.loss + limits.negligible:
-        return f"{winner.name} is {equal} and costs less quality"
-    return f"{winner.name} is {equal} and {'smaller' if smaller else 'measured faster'}"
-
-
-def _excess(record: Record, limits: Limits) -> str:
-    metric = record.metric
-    if limits.max_error is not None and not (record.worst is not None and record.worst <= limits.max_error):
-        worst = "unknown" if record.worst is None else deviation(record.worst)
-        return f"an output deviates by {worst} of its range, and {limits.max_error:.4g} is allowed"
-    if metric is None:
-        return "its quality is not known"
-    return (
-        f"{metric.name} drops by {metric.drop:.4g} (95% interval {metric.low:.4g} to {metric.high:.4g}), and "
-        f"{limits.max_drop:.4g} is allowed"
-    )
-
-
-def _doubt(record: Record, limits: Limits, reach: float) -> str:
-    metric, allowed = record.metric, limits.max_drop
-    assert metric is not None and allowed is not None
-    high = metric.drop + reach * (metric.high - metric.drop)
-    text = (
-        f"{metric.name} drops by {metric.drop:.4g}, but {count(metric.samples, 'sample')} cannot rule out "
-        f"{high:.4g}, and {allowed:.4g} is allowed"
-    )
-    if reach > 1 and metric.high <= allowed < high:
-        text += ", where several candidates are to be right together"
-    wanted = needed_samples(metric, allowed, reach)
-    return text if wanted is None else f"{text}; about {wanted:,} samples to judge by would show it"
+def _speed(record: Record) -> Speed:
+    """Return how fast a candidate is; what keeps the model as it is may not have been measured."""
+    return record.speed or Speed(1.0, 1.0, 1.0, MOST_EFFORT)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -13,9 +12,9 @@ from onnxopt.report.environment import environment
 from onnxopt.search import lab, state
 from onnxopt.search.arithmetic import overflows_here
 from onnxopt.search.candidates import Proposal, propose, take_inventory
-from onnxopt.search.decision import Limits, Speed
+from onnxopt.search.decision import MOST_EFFORT, Limits, Speed
 from onnxopt.search.progress import Labelled
-from onnxopt.search.run import Found, Search
+from onnxopt.search.run import Entry, Found, Search
 from onnxopt.search.summary import summarize
 
 if TYPE_CHECKING:
@@ -100,20 +99,26 @@ class Hunt:
         settings = self._ground.settings
         keep = self._lab.keep(self._speed(self._measurement))
         search = Search(self._lab, self._limits, settings.objective, self._state(), self._progress)
-        found = search.run(proposals(self._ground.reference, settings), keep)
-        while True:
-            winner = found.winner
-            if not winner.proposal.passes:
-                return found, self._base, self._measurement
-            outcome = self._lab.build(winner.proposal, winner.spared)
+        measured: dict[str, Measurement] = {}
+
+        def timed(entry: Entry) -> Speed:
             self._progress.label = ""
-            measurement = self._ground.bench.measure(outcome.model, self._progress)
-            if measurement.verdict == "slower":
-                measurement = self._ground.bench.measure(outcome.model, self._progress)
-            if measurement.verdict != "slower":
-                passes = (*self._base.passes, *outcome.passes)
-                return found, manager.Outcome(outcome.model, passes, self._base.denials), measurement
-            found = search.correct(winner, dataclasses.replace(winner.record, speed=self._speed(measurement)))
+            measurement = self._timed(self._lab.build(entry.proposal, entry.spared).model)
+            measured[entry.record.name] = measurement
+            return self._speed(measurement)
+
+        found = search.confirm(search.run(proposals(self._ground.reference, settings), keep), timed)
+        winner = found.winner
+        if winner.record.lossless:
+            return found, self._base, self._measurement
+        outcome = self._lab.build(winner.proposal, winner.spared)
+        passes = (*self._base.passes, *outcome.passes)
+        return found, manager.Outcome(outcome.model, passes, self._base.denials), measured[winner.record.name]
+
+    def _timed(self, model: ir.Model) -> Measurement:
+        """Time a winner anew; what looks slower is timed twice."""
+        measurement = self._ground.bench.measure(model, self._progress)
+        return measurement if measurement.verdict != "slower" else self._ground.bench.measure(model, self._progress)
 
     def report(self, found: Found) -> SearchReport:
         """Return the report of the search."""
@@ -130,7 +135,7 @@ class Hunt:
         )
 
     def _speed(self, measured: Measurement) -> Speed:
-        return Speed(measured.ratio, measured.low, measured.high, precise=True)
+        return Speed(measured.ratio, measured.low, measured.high, MOST_EFFORT)
 
     def _state(self) -> state.State:
         ground, settings = self._ground, self._ground.settings

@@ -30,7 +30,7 @@ SCREEN_SECONDS = 1.5
 """Time for a first look at the speed of a candidate."""
 
 PRECISE_SECONDS = 6.0
-"""Time for those that may win."""
+"""Time for those that may win; twice as much each time that they are timed again."""
 
 CACHE_BYTES = 512 << 20
 """Outputs of the original that are kept for comparing, all samples together."""
@@ -51,8 +51,8 @@ class Lab(Protocol):
     def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
         """Build a candidate and judge its quality alone."""
 
-    def measure(self, proposal: Proposal, spared: Mapping[Site, str]) -> Speed:
-        """Measure the speed of a candidate precisely."""
+    def measure(self, proposal: Proposal, spared: Mapping[Site, str], effort: int) -> Speed:
+        """Measure the speed of a candidate, with an effort of at least 1; see `Speed`."""
 
     def layers(self, proposal: Proposal) -> list[Site]:
         """Return the layers whose precision a candidate lowers, in the order of the graph."""
@@ -145,7 +145,7 @@ class RuntimeLab:
         record = Record(proposal.name, proposal.passes)
         try:
             model = self.build(proposal, spared).model
-            record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, SCREEN_SECONDS))
+            record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, 0))
             return record if record.slower else self.assess(record, model)
         except OnnxOptError as error:
             return _failed(record, error)
@@ -205,31 +205,30 @@ class RuntimeLab:
         self._progress.stage("computing the metric")
         return self._bench.evaluator.evaluate(model)
 
-    def measure(self, proposal: Proposal, spared: Mapping[Site, str]) -> Speed:
-        """Measure the speed of a candidate precisely."""
-        return self._timed(self.build(proposal, spared).model, PRECISE_SECONDS)
+    def measure(self, proposal: Proposal, spared: Mapping[Site, str], effort: int) -> Speed:
+        """Measure the speed of a candidate, with an effort of at least 1; see `Speed`."""
+        return self._timed(self.build(proposal, spared).model, effort)
 
     def against(self, model: ir.Model, proposal: Proposal) -> Speed:
         """Measure the time of a model by that of a candidate, in turns."""
-        return self._timed(model, PRECISE_SECONDS, self.build(proposal, {}).model)
+        return self._timed(model, 1, self.build(proposal, {}).model)
 
-    def _timed(self, model: ir.Model, seconds: float, reference: ir.Model | None = None) -> Speed:
+    def _timed(self, model: ir.Model, effort: int, reference: ir.Model | None = None) -> Speed:
         """Time a candidate against the original or another model, again if a first look sees it slower by a little."""
-        precise = seconds > SCREEN_SECONDS
         found = measure(
             reference or self._bench.reference,
             model,
             feed=self._bench.feed,
             options=self._bench.options,
-            budget_seconds=seconds,
-            precision=0.02 if precise else 0.1,
+            budget_seconds=PRECISE_SECONDS * 2 ** (effort - 1) if effort else SCREEN_SECONDS,
+            precision=0.02 if effort else 0.1,
             seed=self._bench.seed,
             memory=False,
             progress=self._progress,
         )
-        if found.verdict == "slower" and not precise and found.ratio < 1.2:
-            return self._timed(model, PRECISE_SECONDS)
-        return Speed(found.ratio, found.low, found.high, precise)
+        if found.verdict == "slower" and not effort and found.ratio < 1.2:
+            return self._timed(model, 1)
+        return Speed(found.ratio, found.low, found.high, effort)
 
     def layers(self, proposal: Proposal) -> list[Site]:
         """Return the layers whose precision a candidate lowers, in the order of the graph."""

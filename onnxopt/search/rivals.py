@@ -45,7 +45,7 @@ def compared(ground: Ground, outcome: manager.Outcome, measurement: Measurement 
     pruned = any(done.name in PRUNERS and done.applied for done in outcome.passes)
     if not pruned or ground.parts is None or measurement is None or ground.bench.not_verified:
         return ""
-    speed = Speed(measurement.ratio, measurement.low, measurement.high, precise=True)
+    speed = Speed(measurement.ratio, measurement.low, measurement.high, effort=1)
     try:
         return _compared(ground, outcome, Record("this result", "pruned", speed=speed))
     except OnnxOptError as error:

@@ -1,4 +1,4 @@
-"""The search: every candidate is built, screened and judged; those that may win are measured precisely."""
+"""The search: every candidate is built, screened and judged; those that may win are timed until one clearly does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from onnxopt.report.data import FloatLayer, Objective
 from onnxopt.report.words import count
 from onnxopt.search import decision, sensitivity
 from onnxopt.search.candidates import KEEP, Proposal
-from onnxopt.search.decision import Limits, Record
+from onnxopt.search.decision import Limits, Record, Speed
 from onnxopt.search.lab import Lab
 from onnxopt.search.progress import Labelled
 from onnxopt.search.state import State
@@ -58,7 +58,7 @@ class Found:
 
 
 class Search:
-    """One search. What it knows grows until `best` is precise."""
+    """One search. What it knows grows until it is clear what wins."""
 
     def __init__(
         self,
@@ -97,10 +97,22 @@ class Search:
         winner = decision.choose(self._records(), self._limits, self._objective)
         return Found(self._entry(winner), tuple(self._entries), self._resumed)
 
-    def correct(self, entry: Entry, record: Record) -> Found:
-        """Choose again with what has been found out about a candidate since."""
-        self._replace(entry, record)
-        return self.choose()
+    def confirm(self, found: Found, timed: Callable[[Entry], Speed]) -> Found:
+        """Time the winner anew and choose again, until the choice falls on one that was.
+
+        Who wins by a measurement was lucky in it more often than not.
+
+        Args:
+            found: What was chosen.
+            timed: Times a candidate; called once for each that is chosen.
+        """
+        done: set[str] = set()
+        while not found.winner.record.lossless and found.winner.record.name not in done:
+            entry = found.winner
+            done.add(entry.record.name)
+            self._replace(entry, dataclasses.replace(entry.record, speed=timed(entry)))
+            found = self.choose()
+        return found
 
     def _records(self) -> list[Record]:
         return [e.record for e in self._entries]
@@ -123,19 +135,16 @@ class Search:
         return Entry(proposal, {}, record)
 
     def _settle(self) -> None:
-        """Measure contenders precisely, the fastest first, until none is left that was only screened."""
+        """Time candidates again, one by one, until timing more of them would not help to choose."""
         while True:
-            rough = [
-                r
-                for r in decision.contenders(self._records(), self._limits, self._objective)
-                if r.speed is not None and not r.speed.precise and not r.lossless
-            ]
-            if not rough:
+            record = decision.next_to_time(self._records(), self._limits, self._objective)
+            if record is None:
                 return
-            entry = self._entry(min(rough, key=lambda r: (_ratio(r), r.name)))
-            self._progress.label = entry.record.name
-            speed = self._lab.measure(entry.proposal, entry.spared)
-            self._replace(entry, dataclasses.replace(entry.record, speed=speed))
+            entry = self._entry(record)
+            self._progress.label = record.name
+            effort = 1 if record.speed is None else record.speed.effort + 1
+            speed = self._lab.measure(entry.proposal, entry.spared, effort)
+            self._replace(entry, dataclasses.replace(record, speed=speed))
 
     def _relieve(self) -> None:
         """Try candidates over budget with layers left in floating point, the most promising first."""
@@ -214,7 +223,7 @@ class Search:
         return self._measured(judged[len(chosen)]) if chosen else None
 
     def _measured(self, entry: Entry) -> Entry:
-        speed = self._lab.measure(entry.proposal, entry.spared)
+        speed = self._lab.measure(entry.proposal, entry.spared, 1)
         return dataclasses.replace(entry, record=dataclasses.replace(entry.record, speed=speed))
 
 

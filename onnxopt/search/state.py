@@ -21,7 +21,7 @@ from onnxopt.report.json import dump, plain
 from onnxopt.search.decision import Record, Speed
 from onnxopt.textfile import write_text
 
-FORMAT = 2
+FORMAT = 3
 
 Spared = dict[Site, str]
 
@@ -100,7 +100,7 @@ def _record(content: dict[str, Any]) -> Record:
 
 
 def _speed(content: dict[str, Any]) -> Speed:
-    return Speed(float(content["ratio"]), float(content["low"]), float(content["high"]), content["precise"])
+    return Speed(float(content["ratio"]), float(content["low"]), float(content["high"]), content["effort"])
 
 
 def _metric(content: dict[str, Any]) -> MetricResult:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from onnxopt.report.data import Objective, SearchReport
 from onnxopt.report.words import count
-from onnxopt.search import decision
+from onnxopt.search import outcome
 from onnxopt.search.decision import Limits
 from onnxopt.search.run import Found
 
@@ -47,7 +47,7 @@ def summarize(
         metric_reason=metric_reason,
         samples=samples,
         calibration_samples=calibration_samples,
-        candidates=tuple(decision.describe(e.record, records, limits, objective) for e in entries),
+        candidates=tuple(outcome.describe(e.record, records, limits, objective) for e in entries),
         resumed=found.resumed,
         notes=tuple(_notes(samples, limits, real=real)),
     )

@@ -71,6 +71,17 @@ def test_the_terminal_lists_every_candidate_and_says_why(make: Make) -> None:
     assert "quantize-static,quantize-weights" in verbose
 
 
+def test_what_is_the_same_of_several_candidates_is_said_once(make: Make, search: SearchReport) -> None:
+    first, *rest = search.candidates
+    twins = [dataclasses.replace(first, name=f"twin {i}", in_float=(), status="not proven") for i in range(3)]
+    other = dataclasses.replace(twins[0], name="other", status="over budget")
+    found = dataclasses.replace(search, candidates=(first, *rest, twins[0], other, *twins[1:]))
+    report = make(search={"candidates": found.candidates})
+    assert "twin 0; twin 1; twin 2: Because it is winner." in flat(to_text(report))
+    assert "; other" not in flat(to_text(report))
+    assert "; twin" not in flat(to_text(report, verbose=True))
+
+
 def test_without_a_search_nothing_is_said_of_one(report: Report) -> None:
     assert "candidate" not in to_text(report)
     assert "pareto" not in to_html(report).partition("</style>")[2]

@@ -22,7 +22,7 @@ MODELS = Path(__file__).parents[2] / "models"
 
 def record(name: str, ratio: float, drop: float, **changes: Any) -> Record:
     metric = MetricResult("top1", 1.0, 1.0 - drop, drop, drop - 0.005, drop + 0.005, samples=100, labelled=False)
-    plain = {"speed": Speed(ratio, ratio - 0.02, ratio + 0.02, precise=False), "metric": metric, "worst": drop}
+    plain = {"speed": Speed(ratio, ratio - 0.02, ratio + 0.02, effort=0), "metric": metric, "worst": drop}
     return Record(name, "passes", **(plain | changes))
 
 
@@ -46,14 +46,14 @@ OWN = record("this result", 0.6, 0.05)
 def test_it_is_recommended_where_it_is_better_at_something_and_worse_at_nothing(
     ratio: float, drop: float, against: float, said: str
 ) -> None:
-    told = verdict(OWN, record("int8", ratio, drop), Speed(against, against - 0.05, against + 0.05, precise=True))
+    told = verdict(OWN, record("int8", ratio, drop), Speed(against, against - 0.05, against + 0.05, effort=1))
     assert said in told
     assert f"int8: {1 / ratio:.2f}x as fast as the original, top1 drops by {drop:.2g} (95% interval" in told
 
 
 def test_without_a_metric_the_worst_deviation_decides() -> None:
     own, rival = (record(name, 0.6, drop, metric=None) for name, drop in (("own", 0.2), ("int8", 0.19)))
-    equal = Speed(1.0, 0.95, 1.05, precise=True)
+    equal = Speed(1.0, 0.95, 1.05, effort=1)
     assert "No difference from quantization alone" in verdict(own, rival, equal)
     told = verdict(own, record("int8", 0.6, 0.17, metric=None), equal)
     assert "outputs deviate by up to 1.7e-01 of their range" in told

@@ -21,7 +21,7 @@ RECORD = Record(
     "static int8",
     "quantize-static",
     bytes=12345,
-    speed=Speed(0.4, 0.39, math.inf, precise=True),
+    speed=Speed(0.4, 0.39, math.inf, 1),
     worst=math.inf,
     metric=MetricResult("top1", 1.0, 0.9, 0.1, -math.inf, math.inf, 50, False),
     in_float=(FloatLayer("", "conv", "it costs most"),),
