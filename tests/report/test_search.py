@@ -77,7 +77,7 @@ def test_what_is_the_same_of_several_candidates_is_said_once(make: Make, search:
     other = dataclasses.replace(twins[0], name="other", status="over budget")
     found = dataclasses.replace(search, candidates=(first, *rest, twins[0], other, *twins[1:]))
     report = make(search={"candidates": found.candidates})
-    assert "twin 0; twin 1; twin 2: Because it is winner." in flat(to_text(report))
+    assert "twin 0; twin 1; twin 2: because it is winner." in flat(to_text(report))
     assert "; other" not in flat(to_text(report))
     assert "; twin" not in flat(to_text(report, verbose=True))
 
