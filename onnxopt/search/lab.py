@@ -227,7 +227,7 @@ class RuntimeLab:
             progress=self._progress,
         )
         if found.verdict == "slower" and not effort and found.ratio < 1.2:
-            return self._timed(model, 1)
+            return self._timed(model, 1, reference)
         return Speed(found.ratio, found.low, found.high, effort)
 
     def layers(self, proposal: Proposal) -> list[Site]:
