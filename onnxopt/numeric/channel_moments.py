@@ -45,6 +45,12 @@ class ChannelMoments:
         return self.count > 0 and bool(np.isfinite(self._squares).all())
 
     @property
+    def mean(self) -> Array:
+        """The mean, (size,); zero before the first array."""
+        mean: Array = self._sum / max(self.count, 1)
+        return mean
+
+    @property
     def mean_square(self) -> Array:
         """The mean of the squares, (size,); zero before the first array."""
         return self._squares / max(self.count, 1)
@@ -52,5 +58,5 @@ class ChannelMoments:
     @property
     def variance(self) -> Array:
         """The mean square of what lies off the mean, (size,)."""
-        variance: Array = np.maximum(self.mean_square - np.square(self._sum / max(self.count, 1)), 0)
+        variance: Array = np.maximum(self.mean_square - np.square(self.mean), 0)
         return variance

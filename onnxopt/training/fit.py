@@ -15,6 +15,7 @@ import torch
 from onnxopt.contract import Progress
 from onnxopt.errors import DataError, UsageError
 from onnxopt.training import safetensors
+from onnxopt.training.normalizing import Normalizing
 from onnxopt.training.problem import Key, Problem
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.trainable import Trainable
@@ -55,10 +56,12 @@ class Fit:
 class _State:
     """What changes from epoch to epoch."""
 
-    def __init__(self, trained: Mapping[str, Trainable], recipe: Recipe) -> None:
+    def __init__(self, trained: Mapping[str, Trainable], normalizing: Normalizing, recipe: Recipe) -> None:
         self.trained = trained
+        self.normalizing = normalizing
+        self.learnt = {n: each for n, each in trained.items() if n not in normalizing.idle} | normalizing.leaves
         groups: dict[tuple[int, bool], list[torch.Tensor]] = {}
-        for each in trained.values():
+        for each in self.learnt.values():
             groups.setdefault((each.depth, each.decays), []).append(each.leaf)
         self.optimizer = torch.optim.AdamW(
             [
@@ -74,31 +77,33 @@ class _State:
         self.epochs: list[Epoch] = []
         self.best = 0
         self.blend = recipe.blend
-        self.start = {name: each.leaf.detach().clone() for name, each in trained.items()}
-        self.best_leaves = self.leaves()
+        self.start = self.reached()
+        self.best_values = self.values()
 
-    def leaves(self) -> dict[str, torch.Tensor]:
-        """Return what the result would be made of now: leaves on the way from the start to where they are."""
-        return {n: torch.lerp(self.start[n], each.leaf.detach(), self.blend) for n, each in self.trained.items()}
+    def reached(self) -> dict[str, torch.Tensor]:
+        """Return what the constants of the model are now, what was learnt beside them folded in."""
+        values = {name: each.value().detach().clone() for name, each in self.trained.items()}
+        return values | self.normalizing.values(values)
 
     def values(self) -> dict[str, torch.Tensor]:
-        leaves = self.leaves()
-        return {name: each.value(leaves[name]) for name, each in self.trained.items()}
+        """Return what the result would be made of now: constants on the way from the start to where they are."""
+        return {name: torch.lerp(self.start[name], value, self.blend) for name, value in self.reached().items()}
 
     def note(self, epoch: Epoch) -> None:
-        """Add an epoch; keep its leaves when they are the best so far, or when nothing judges."""
+        """Add an epoch; keep its values when they are the best so far, or when nothing judges."""
         best = next((e for e in self.epochs if e.number == self.best), None)
         self.epochs.append(epoch)
         if best is None or not epoch.key or epoch.key > best.key:
-            self.best, self.best_leaves = epoch.number, self.leaves()
+            self.best, self.best_values = epoch.number, self.values()
 
     def save(self, path: Path, key: str) -> None:
         arrays: dict[str, np.ndarray] = {}
-        for name, each in self.trained.items():
+        for name, each in self.learnt.items():
             arrays[f"value/{name}"] = each.leaf.detach().numpy()
-            arrays[f"best/{name}"] = self.best_leaves[name].numpy()
             for part, tensor in self.optimizer.state[each.leaf].items():
                 arrays[f"adam/{part}/{name}"] = tensor.numpy()
+        arrays |= {f"best/{name}": value.numpy() for name, value in self.best_values.items()}
+        arrays |= {f"running/{name}": value.numpy() for name, value in self.normalizing.buffers.items()}
         epochs = [[e.number, e.loss, list(e.key)] for e in self.epochs]
         text = {"run": key, "best": str(self.best), "epochs": json.dumps(epochs)}
         safetensors.write(path, arrays, text)
@@ -118,9 +123,11 @@ class _State:
                 "checkpoint",
             )
         try:
-            for name, each in self.trained.items():
+            self.best_values = {n: _like(arrays[f"best/{n}"], value) for n, value in self.best_values.items()}
+            for name, buffer in self.normalizing.buffers.items():
+                buffer.copy_(_like(arrays[f"running/{name}"], buffer))
+            for name, each in self.learnt.items():
                 each.leaf.data = _like(arrays[f"value/{name}"], each.leaf)
-                self.best_leaves[name] = _like(arrays[f"best/{name}"], each.leaf)
                 state = {
                     p: arrays[f"adam/{p}/{name}"]
                     for p in ("step", "exp_avg", "exp_avg_sq")
@@ -134,15 +141,16 @@ class _State:
             raise DataError(f"The checkpoint {path} is damaged: {error}.") from error
 
 
-def _like(array: np.ndarray, leaf: torch.Tensor) -> torch.Tensor:
-    if array.shape != tuple(leaf.shape):
-        raise ValueError(f"an array of shape {list(array.shape)} stands for one of {list(leaf.shape)}")
-    return torch.from_numpy(array.copy()).to(leaf.dtype)
+def _like(array: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    if array.shape != tuple(tensor.shape):
+        raise ValueError(f"an array of shape {list(array.shape)} stands for one of {list(tensor.shape)}")
+    return torch.from_numpy(array.copy()).to(tensor.dtype)
 
 
 def fit(
     problem: Problem,
     trained: Mapping[str, Trainable],
+    normalizing: Normalizing,
     recipe: Recipe,
     progress: Progress,
     *,
@@ -156,6 +164,7 @@ def fit(
     Args:
         problem: What is learnt.
         trained: The parameters; their leaves are changed.
+        normalizing: What goes by the statistics of batches meanwhile.
         recipe: How.
         progress: Told of each epoch.
         checkpoint: Where the state is kept after each epoch, and taken from when it exists.
@@ -165,7 +174,7 @@ def fit(
         UsageError: If the checkpoint belongs to another run.
         DataError: If the loss is not finite, or the checkpoint cannot be read.
     """
-    state = _State(trained, recipe)
+    state = _State(trained, normalizing, recipe)
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint, key)
     else:
@@ -181,9 +190,7 @@ def fit(
             state.note(Epoch(number, loss, problem.judge(state.values()) or ()))
         if checkpoint is not None:
             state.save(checkpoint, key)
-    with torch.no_grad():
-        values = {name: each.value(state.best_leaves[name]) for name, each in trained.items()}
-    return Fit(values, tuple(state.epochs), state.best, done)
+    return Fit(state.best_values, tuple(state.epochs), state.best, done)
 
 
 def _epoch(problem: Problem, state: _State, recipe: Recipe, number: int, progress: Progress) -> float:
@@ -207,13 +214,13 @@ def _step(problem: Problem, state: _State, numbers: np.ndarray, rng: np.random.G
     state.optimizer.zero_grad()
     mean = 0.0
     # computed anew for every part, because going backwards frees what led to them
-    parts = problem.losses(numbers, _Fresh(state.trained), rng)
+    parts = problem.losses(numbers, _Fresh(state.trained), state.normalizing.operators(), rng)
     for loss, weight in parts:
         (loss * weight).backward()
         mean += float(loss.detach()) * weight
     if not math.isfinite(mean):
         raise DataError("The loss is not finite any more; lower the learning rate, or look for NaN in the data.")
-    leaves: Sequence[Any] = [each.leaf for each in state.trained.values()]
+    leaves: Sequence[Any] = [each.leaf for each in state.learnt.values()]
     torch.nn.utils.clip_grad_norm_(leaves, clip)
     state.optimizer.step()
     return mean

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from onnxopt.training.augment import Variant
+from onnxopt.training.call import Operator
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.problem import Key
 
@@ -61,18 +62,29 @@ class Imitation:
         """What the student is compared by."""
         return tuple(t.student for t in self.targets)
 
-    def loss(self, batch: Variant, labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(
+        self,
+        batch: Variant,
+        labels: torch.Tensor | None,
+        values: Mapping[str, torch.Tensor],
+        instead: Mapping[str, Operator],
+    ) -> torch.Tensor:
         """Return how far the student is from the teacher, which sees the same variants of the samples."""
-        return self._loss(batch.inputs, values)
+        return self._loss(batch.inputs, values, instead)
 
     def judge(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]
     ) -> Key:
         """Return the loss; the greater, the better."""
-        return (-float(self._loss(inputs, values)),)
+        return (-float(self._loss(inputs, values, {})),)
 
-    def _loss(self, inputs: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _loss(
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        values: Mapping[str, torch.Tensor],
+        instead: Mapping[str, Operator],
+    ) -> torch.Tensor:
         with torch.no_grad():
             wanted = self.teacher.run(inputs, None, {t.teacher for t in self.targets})
-        found = self.student.run(inputs, values, set(self.values))
+        found = self.student.run(inputs, values, set(self.values), instead)
         return torch.stack([t.loss(wanted[t.teacher], found[t.student]) for t in self.targets]).mean()

@@ -60,6 +60,7 @@ class Interpreter:
         feed: Mapping[str, Any],
         parameters: Mapping[str, torch.Tensor] | None = None,
         only: Collection[str] | None = None,
+        instead: Mapping[str, Operator] | None = None,
     ) -> dict[str, Any]:
         """Compute the outputs.
 
@@ -67,6 +68,7 @@ class Interpreter:
             feed: A tensor or array per input; a list of them for a sequence, None for an optional without a value.
             parameters: Tensors to compute with instead of the constants of these names.
             only: Names of the values of the main graph that are wanted; the graph's outputs by default.
+            instead: What computes nodes of the main graph in another way, by the names of their first outputs.
 
         Returns:
             Name -> tensor, list or None.
@@ -83,7 +85,7 @@ class Interpreter:
                 values[value] = _given(name, feed[name])
             elif not value.is_initializer() and not isinstance(value.type, ir.OptionalType):
                 raise DataError(f'The input "{name}" is missing.')
-        frame = _Frame(values, None, {}, self._roots[id(graph)], parameters or {})
+        frame = _Frame(values, None, {}, self._roots[id(graph)], parameters or {}, instead or {})
         wanted = None if only is None else frozenset(only)
         self._compute(graph, frame, wanted)
         named = {v.name: v for v in graph.outputs} if wanted is None else self._named(wanted)
@@ -159,10 +161,11 @@ class Interpreter:
         if function is not None:
             return self._call_function(function, inputs, attributes)
         try:
-            if step.function is None:
+            compute = frame.instead.get(node.outputs[0].name or "", step.function)
+            if compute is None:
                 raise NoCounterpart("has no counterpart in torch")
             call = Call(node, step.opset, attributes, lambda body, given: self._run_body(body, given, frame))
-            found = step.function(call, *inputs)
+            found = compute(call, *inputs)
         except NoCounterpart as reason:
             return self._outside(step, inputs, str(reason))
         except (RuntimeError, IndexError, ValueError) as error:
@@ -174,13 +177,13 @@ class Interpreter:
         graph = function.graph
         defaults = {name: a.value for name, a in function.attributes.items() if a.value is not None}
         values = dict(zip(graph.inputs, [*inputs, *([None] * (len(graph.inputs) - len(inputs)))], strict=True))
-        frame = _Frame(values, None, {**defaults, **attributes}, self._roots[id(graph)], {})
+        frame = _Frame(values, None, {**defaults, **attributes}, self._roots[id(graph)], {}, {})
         self._compute(graph, frame)
         return [self._value(v, frame) for v in graph.outputs]
 
     def _run_body(self, body: ir.Graph, inputs: Sequence[Any], outer: _Frame) -> list[Any]:
         frame = _Frame(
-            dict(zip(body.inputs, inputs, strict=True)), outer, outer.attributes, outer.scope, outer.parameters
+            dict(zip(body.inputs, inputs, strict=True)), outer, outer.attributes, outer.scope, outer.parameters, {}
         )
         self._compute(body, frame)
         return [self._value(v, frame) for v in body.outputs]
@@ -236,6 +239,7 @@ class _Frame:
         attributes: Those of the caller of the function it belongs to.
         scope: The main graph or function it belongs to.
         parameters: Tensors that stand in for constants.
+        instead: What computes nodes in another way, by the names of their first outputs.
         static: Values that are the same in every run, as far as was found.
     """
 
@@ -244,6 +248,7 @@ class _Frame:
     attributes: Mapping[str, Any]
     scope: Scope
     parameters: Mapping[str, torch.Tensor]
+    instead: Mapping[str, Operator]
     static: set[ir.Value] = dataclasses.field(default_factory=set)
 
 

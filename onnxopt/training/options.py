@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Literal, TypeAlias, TypedDict, get_args
 
 from onnxopt.contract import Progress
+
+BatchNorm: TypeAlias = Literal["frozen", "batch", "restored"]
+BATCHNORM: tuple[BatchNorm, ...] = get_args(BatchNorm)
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -24,6 +27,11 @@ class TrainingOptions(TypedDict, total=False):
         freeze: Patterns of those that are not.
         validation: Share of the samples that judge and are not learnt from; 0.2. 0 for none, and then the last epoch's
             state is kept.
+        batchnorm: What BatchNormalization goes by. "frozen", the default: the statistics in the model, which
+            it is run with later, and which a few samples would only make noisy. "batch": those of each batch; the
+            running ones follow. "restored": besides, one is put behind each Conv and Gemm but the last, begins with
+            the statistics of the samples so that nothing changes, and is folded into the layer at the end.
+        batchnorm_behind: Patterns of the names of weights; "restored" is for their layers alone, the last included.
         patience: Epochs without a better state after which training ends; 5.
         shift: Pixels by which images move at random; 0.
         noise: Noise that is added to inputs, as a fraction of their standard deviation; 0.
@@ -44,6 +52,8 @@ class TrainingOptions(TypedDict, total=False):
     train: Sequence[str]
     freeze: Sequence[str]
     validation: float
+    batchnorm: BatchNorm
+    batchnorm_behind: Sequence[str]
     patience: int
     shift: int
     noise: float
@@ -65,6 +75,8 @@ DEFAULTS = TrainingOptions(
     train=(),
     freeze=(),
     validation=0.2,
+    batchnorm="frozen",
+    batchnorm_behind=(),
     patience=5,
     shift=0,
     noise=0.0,

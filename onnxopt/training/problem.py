@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from onnxopt.training.augment import Augmentation, Variant
+from onnxopt.training.call import Operator
 from onnxopt.training.examples import Examples
 from onnxopt.training.values import feed_to_torch
 
@@ -25,8 +26,14 @@ class Aim(Protocol):
     def values(self) -> tuple[str, ...]:
         """Names of the values of the model that the loss is computed from."""
 
-    def loss(self, batch: Variant, labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Return the mean loss on a batch, with these parameters."""
+    def loss(
+        self,
+        batch: Variant,
+        labels: torch.Tensor | None,
+        values: Mapping[str, torch.Tensor],
+        instead: Mapping[str, Operator],
+    ) -> torch.Tensor:
+        """Return the mean loss on a batch, with these parameters and what computes nodes in another way."""
 
     def judge(
         self, inputs: Mapping[str, torch.Tensor], labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]
@@ -49,11 +56,15 @@ class Problem:
         return len(self._learning)
 
     def losses(
-        self, numbers: np.ndarray, values: Mapping[str, torch.Tensor], rng: np.random.Generator
+        self,
+        numbers: np.ndarray,
+        values: Mapping[str, torch.Tensor],
+        instead: Mapping[str, Operator],
+        rng: np.random.Generator,
     ) -> Iterator[tuple[torch.Tensor, float]]:
         """Yield losses of parts of a batch, and their weights, which add up to one."""
         for inputs, labels, share in _parts(self._learning, numbers, len(numbers)):
-            yield self._aim.loss(self._augmentation.varied(inputs, rng), labels, values), share
+            yield self._aim.loss(self._augmentation.varied(inputs, rng), labels, values, instead), share
 
     def judge(self, values: Mapping[str, torch.Tensor]) -> Key | None:
         """Return how good parameters are on samples that are not learnt from; None when there are none."""

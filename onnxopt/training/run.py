@@ -20,6 +20,7 @@ from onnxopt.training.examples import Examples, split
 from onnxopt.training.fit import fit
 from onnxopt.training.forward import agreement, require_agreement
 from onnxopt.training.interpreter import Interpreter
+from onnxopt.training.normalizing import normalizing
 from onnxopt.training.parameters import choose, find_parameters, with_parameters
 from onnxopt.training.problem import EVALUATION_BATCH, Aim, Problem
 from onnxopt.training.settings import Settings
@@ -90,9 +91,11 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
     start, model, options = time.perf_counter(), interpreter.model, settings.options
     learning, judging = split(examples, settings.validation, settings.recipe.seed)
     trained, unreached = _reached(interpreter, _chosen(model, settings), examples.feeds[0], lesson.aim.values)
+    normalized = normalizing(model, trained, learning, settings)
     found = fit(
         Problem(lesson.aim, learning, judging, settings.augmentation),
         trained,
+        normalized,
         settings.recipe,
         settings.progress,
         checkpoint=settings.checkpoint,
@@ -109,6 +112,8 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         tuple(trained),
         tuple(name for name, each in trained.items() if each.is_made),
         unreached,
+        tuple(one.layer.weight for one in normalized.restored),
+        tuple(each.output for each in normalized.running),
         tuple(interpreter.outside),
         found.epochs,
         found.best,
@@ -169,7 +174,8 @@ def _judged(model: ir.Model, lesson: Lesson, judging: Examples | None, options: 
 
 def _fingerprint(trained: Mapping[str, Trainable], examples: Examples, settings: Settings, key: object) -> str:
     """Return what tells a run from others: its parameters, samples and settings."""
-    digest = hashlib.sha256(repr((settings.recipe, settings.augmentation, settings.validation, key)).encode())
+    kind = (settings.recipe, settings.augmentation, settings.validation, settings.batchnorm)
+    digest = hashlib.sha256(repr((*kind, tuple(settings.batchnorm_behind), key)).encode())
     for name, each in trained.items():
         digest.update(name.encode() + each.leaf.detach().numpy().tobytes())
     for feed in examples.feeds:

@@ -11,7 +11,7 @@ from onnxopt.errors import UsageError
 from onnxopt.registry import nearest
 from onnxopt.runtime import RunOptions
 from onnxopt.training.augment import Augmentation
-from onnxopt.training.options import DEFAULTS, TrainingOptions
+from onnxopt.training.options import BATCHNORM, DEFAULTS, BatchNorm, TrainingOptions
 from onnxopt.training.recipe import Recipe
 
 
@@ -25,6 +25,8 @@ class Settings:
         train: Patterns of the names of parameters that are trained; all when there are none.
         freeze: Patterns of those that are not.
         validation: Share of the samples that judge and are not learnt from.
+        batchnorm: What BatchNormalization goes by; see `TrainingOptions`.
+        batchnorm_behind: Patterns of the names of weights that one is put behind.
         threads: Threads of torch and of the runtime.
         checkpoint: File for the state after each epoch.
         progress: Told what is being done.
@@ -35,6 +37,8 @@ class Settings:
     train: Sequence[str]
     freeze: Sequence[str]
     validation: float
+    batchnorm: BatchNorm
+    batchnorm_behind: Sequence[str]
     threads: int
     checkpoint: Path | None
     progress: Progress
@@ -42,6 +46,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise UsageError(f"validation must be at least 0 and below 1, not {self.validation}.", "validation")
+        if self.batchnorm not in BATCHNORM:
+            raise UsageError(f'batchnorm must be {", ".join(BATCHNORM)}, not "{self.batchnorm}".', "batchnorm")
+        if self.batchnorm_behind and self.batchnorm != "restored":
+            raise UsageError('batchnorm_behind is for batchnorm "restored".', "batchnorm_behind")
         if self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
 
@@ -85,6 +93,8 @@ def settings(given: TrainingOptions, own: TrainingOptions, *, blend: float = 1.0
         train=chosen["train"],
         freeze=chosen["freeze"],
         validation=chosen["validation"],
+        batchnorm=chosen["batchnorm"],
+        batchnorm_behind=chosen["batchnorm_behind"],
         threads=chosen["threads"],
         checkpoint=None if checkpoint is None else Path(checkpoint),
         progress=chosen["progress"] or Silent(),

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from onnxopt.training.augment import Variant
+from onnxopt.training.call import Operator
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.objective import Objective
 from onnxopt.training.problem import Key
@@ -25,11 +26,17 @@ class Supervised:
         """The scores, or the output that the targets are about."""
         return (self.objective.computed,)
 
-    def loss(self, batch: Variant, labels: torch.Tensor | None, values: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def loss(
+        self,
+        batch: Variant,
+        labels: torch.Tensor | None,
+        values: Mapping[str, torch.Tensor],
+        instead: Mapping[str, Operator],
+    ) -> torch.Tensor:
         """Return the loss; for samples that are mixed, the same mixture of the losses for both labels."""
         assert labels is not None
         (name,) = self.values
-        found = self.interpreter.run(batch.inputs, values, [name])[name]
+        found = self.interpreter.run(batch.inputs, values, [name], instead)[name]
         loss = self.objective.loss(found, labels)
         if batch.share < 1:
             other = self.objective.loss(found, labels[torch.from_numpy(batch.partners)])

@@ -38,11 +38,9 @@ class Trainable:
     index: torch.Tensor | None
     mask: torch.Tensor | None
 
-    def value(self, leaf: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the parameter's value, or what it would be with another leaf."""
-        tensor = self.leaf if leaf is None else leaf
-        if self.mask is not None:
-            tensor = tensor * self.mask
+    def value(self) -> torch.Tensor:
+        """Return the parameter's value."""
+        tensor = self.leaf if self.mask is None else self.leaf * self.mask
         return tensor if self.index is None else tensor[self.index]
 
     @property

@@ -70,6 +70,8 @@ class Trained:
         stored: Those among them that a ConstantOfShape made in every run and that are initializers now.
         unreached: Those that were chosen and that no gradient reaches, because torch has no counterpart for a node
             behind them; they stayed.
+        restored: Weights of the layers that a BatchNormalization stood behind in training.
+        running: Outputs of the BatchNormalizations of the graph whose statistics followed the batches.
         outside: The nodes that the runtime computed, in words.
         epochs: What came out of each epoch.
         best: The epoch whose parameters the result has; 0 for those it began with.
@@ -85,6 +87,8 @@ class Trained:
     trained: tuple[str, ...]
     stored: tuple[str, ...]
     unreached: tuple[str, ...]
+    restored: tuple[str, ...]
+    running: tuple[str, ...]
     outside: tuple[str, ...]
     epochs: tuple[Epoch, ...]
     best: int
@@ -122,6 +126,15 @@ class Trained:
             told.append(
                 f"{count(len(self.stored), 'parameter')} that the graph made by ConstantOfShape became initializers, "
                 f"so that the model can hold what they learnt: {names}."
+            )
+        if self.restored:
+            told.append(
+                f"BatchNormalization stood behind {count(len(self.restored), 'layer')} in training and is folded into "
+                "their weights."
+            )
+        if self.running:
+            told.append(
+                f"The statistics of {count(len(self.running), 'BatchNormalization')} of the graph followed the batches."
             )
         if self.unreached:
             behind = f" They lie before {', '.join(self.outside[:3])}, computed by the runtime." if self.outside else ""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from click.testing import Result
 
@@ -37,6 +38,20 @@ def test_a_new_last_layer_is_learnt(tmp_path: Path, digits: Path, invoke: Invoke
     )
     told = json.loads(result.stdout)
     assert told["before"]["value"] > 0.5 and told["trained"] == ["dense2.weight", "dense2.bias"]
+
+
+def test_batchnorm_stands_behind_layers_while_they_learn(tmp_path: Path, digits: Path, invoke: Invoke) -> None:
+    model, out = tmp_path / "new.onnx", tmp_path / "out.onnx"
+    onnxopt.save(reinitialize(onnxopt.load(MODELS / "mnist_cnn.onnx"), 0), model)
+    options = ("--batchnorm", "restored", "--lr", 0.005, "--epochs", 4, "--json")
+    result = invoke("finetune", model, "--data", digits, "-o", out, *options)
+    told = json.loads(result.stdout)
+    assert told["restored"] and told["after"]["value"] > told["before"]["value"] + 0.2
+    before, after = onnx.load(model), onnx.load(out)
+    assert before.graph.node == after.graph.node
+    options = ("--batchnorm", "restored", "--batchnorm-behind", "nothing*")
+    result = invoke("finetune", model, "--data", digits, "-o", tmp_path / "b.onnx", *options)
+    assert result.exit_code == 2 and '--batchnorm-behind "nothing*" fits no weights' in result.stderr
 
 
 def test_nothing_is_written_that_is_no_better(tmp_path: Path, digits: Path, invoke: Invoke) -> None:

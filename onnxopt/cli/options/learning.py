@@ -91,6 +91,18 @@ def training_options(function: F) -> F:
             type=number,
             help="Stop after so many epochs without a better state; by default 5, and 25 for distill.",
         ),
+        click.option(
+            "--batchnorm",
+            type=click.Choice(["frozen", "batch", "restored"]),
+            help="Statistics that BatchNormalization goes by: those in the model (frozen, default) or each batch's. "
+            "restored also puts one behind each Conv and Gemm but the last, and folds it in at the end.",
+        ),
+        click.option(
+            "--batchnorm-behind",
+            metavar="GLOB",
+            multiple=True,
+            help="Restore one only behind layers whose weights have such names; may be repeated.",
+        ),
         click.option("--shift", metavar="PIXELS", type=click.IntRange(min=0), help="Move images at random by so much."),
         click.option("--noise", type=Fraction(), help="Add noise, as a fraction of the inputs' deviation."),
         click.option(
