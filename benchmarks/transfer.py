@@ -48,7 +48,7 @@ def perturbed(model: ir.Model, seed: int) -> ir.Model:
             array = store.get(leaf)
             if leaf not in store.written and array.dtype.kind == "f" and array.size >= LEAST_PARAMETERS:
                 store.put(leaf, array * random.uniform(0.9, 1.1, array.shape))
-    Editor(copy).commit(store)
+    Editor(skeleton.real).commit(store)
     return copy
 
 

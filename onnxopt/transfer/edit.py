@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.graph import Names, Scope, add_constant, is_op, make_node, scopes
+from onnxopt.graph import Names, Scope, add_constant, constant_tensor, is_op, make_node, scopes
+from onnxopt.transfer.real import Real
 from onnxopt.transfer.skeleton import Group, Operand
 from onnxopt.transfer.tensors import Sliced, Store, Unwritable
 from onnxopt.transfer.trace import Tracer
@@ -20,6 +21,7 @@ _BIAS_INPUT = {
     ("com.microsoft", "FusedConv"): 2,
     ("com.microsoft", "Attention"): 2,
     ("com.microsoft", "DynamicQuantizeMatMul"): 4,
+    ("com.microsoft", "MatMulIntegerToFloat"): 6,
     ("com.microsoft", "MatMulNBits"): 5,
     ("com.microsoft", "SkipLayerNormalization"): 3,
 }
@@ -27,11 +29,12 @@ _BIAS_INPUT = {
 
 
 class Editor:
-    """Changes one model, the target's clone."""
+    """Changes one model, as what is known of its real model asks for."""
 
-    def __init__(self, model: ir.Model) -> None:
-        """Take the model; it will be changed."""
-        self._model = model
+    def __init__(self, real: Real) -> None:
+        """Take the model and its real model; the former will be changed."""
+        self._real = real
+        model = real.original
         self._names = Names(model)
         self._scopes: dict[ir.Graph, Scope] = {s.graph: s for s in scopes(model)}
         self._given: set[ir.Node] = set()
@@ -42,14 +45,18 @@ class Editor:
         Raises:
             Unwritable: If there is no place for it.
         """
-        node, _ = group.operands[0]
+        node, index = group.operands[0]
         if node in self._given:
             return
-        place = _BIAS_INPUT.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
-        width = _width(node, group)
-        dtype = _float_type(node, group)
-        bias = np.zeros(width, dtype)
+        bias = np.zeros(_width(node, group), _float_type(node, group))
         self._given.add(node)
+        own = self._real.operand(node, index)
+        if own is None:
+            # What scales the sums of integers is the last node of the layer, and no other may come in between.
+            self._add_after(self._real.value(node.outputs[0]), bias, group)
+            return
+        node = own[0]
+        place = _BIAS_INPUT.get((node.domain if node.domain != "ai.onnx" else "", node.op_type))
         if place is not None:
             value = add_constant(self._scope(node), self._names, f"{group.name}/bias", bias, node)
             if place >= len(node.inputs):
@@ -58,10 +65,11 @@ class Editor:
             return
         if not is_op(node, "MatMul") and node.op_type != "FusedMatMul":
             raise Unwritable(f"it has no bias to hold that of the source, and {node.op_type} takes none")
-        self._add_after(node, bias, group)
+        self._add_after(node.outputs[0], bias, group)
 
-    def _add_after(self, node: ir.Node, bias: np.ndarray, group: Group) -> None:
-        output = node.outputs[0]
+    def _add_after(self, output: ir.Value, bias: np.ndarray, group: Group) -> None:
+        node = output.producer()
+        assert node is not None, "a layer computes it"
         if output.is_graph_output():
             raise Unwritable("it has no bias to hold that of the source, and computes an output of the model")
         scope = self._scope(node)
@@ -83,25 +91,36 @@ class Editor:
         tensor = tracer.tensor(value)
         if value is None or tensor is None:
             return
+        own = self._real.operand(node, index)
         array = tensor.read(Store())
-        if array.dtype.kind not in "fV" or len(list(tensor.leaves())) != 1:
+        if own is None or array.dtype.kind not in "fV" or len(list(tensor.leaves())) != 1:
             raise Unwritable("its stored integers are shared with a layer that gets others")
         name = next(tensor.leaves()).name or value.name or "weight"
+        node, index = own
         node.replace_input_with(index, add_constant(self._scope(node), self._names, name, np.array(array), node))
 
     def commit(self, store: Store) -> None:
         """Put what was written into the model."""
-        for value, array in store.written.items():
-            old = value.const_value
-            dtype = old.dtype if old is not None else None
-            if value.is_initializer():
-                value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
-                continue
-            node = value.producer()
-            assert node is not None, f"{value.name} is neither an initializer nor computed"
-            for name in [n for n in node.attributes if n.startswith("value")]:
-                del node.attributes[name]
-            node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, name=value.name))
+        for written, array in store.written.items():
+            self._put(self._real.value(written), array)
+        for sums in self._real.sums:
+            if any(leaf in store.written for factor in sums.product.factors for leaf in factor.leaves()):
+                tensor = constant_tensor(sums.scale)
+                assert tensor is not None, "it was read before"
+                scale = sums.product.read(store).astype(tensor.dtype.numpy())
+                self._put(sums.scale, scale.reshape(tuple(tensor.shape.numpy())))
+
+    def _put(self, value: ir.Value, array: np.ndarray) -> None:
+        old = value.const_value
+        dtype = old.dtype if old is not None else None
+        if value.is_initializer():
+            value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
+            return
+        node = value.producer()
+        assert node is not None, f"{value.name} is neither an initializer nor computed"
+        for name in [n for n in node.attributes if n.startswith("value")]:
+            del node.attributes[name]
+        node.attributes["value"] = ir.AttrTensor("value", ir.tensor(array, name=value.name))
 
     def drop_unused(self) -> None:
         """Remove initializers that nothing uses any more."""

@@ -185,11 +185,12 @@ def form(tensor: Tensor) -> str:
 
 def is_lossy(skeleton: Skeleton) -> bool:
     """Whether any parameter is stored in less than 32 bits."""
-    return any(
-        is_quantized(t) or any((v.dtype or ir.DataType.FLOAT) in _NARROW for v in t.leaves())
-        for g in skeleton.layers
-        for t in g.tensors()
-    )
+    return any(is_narrow(t) for g in skeleton.layers for t in g.tensors())
+
+
+def is_narrow(tensor: Tensor) -> bool:
+    """Whether a parameter is stored in less than 32 bits."""
+    return is_quantized(tensor) or any((v.dtype or ir.DataType.FLOAT) in _NARROW for v in tensor.leaves())
 
 
 def is_quantized(tensor: Tensor) -> bool:

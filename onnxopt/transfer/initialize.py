@@ -53,7 +53,7 @@ def initialize(model: ir.Model, seed: int, only: Sequence[str] = (), freeze: Seq
             name = leaf.name or ""
             status: Status = "exact" if not reason else "left out" if reason.startswith("a pattern") else "unmatched"
             found.setdefault(name, Parameter(name, size, status, False, (), "drawn at random" * (not reason), reason))
-    Editor(copy).commit(store)
+    Editor(skeleton.real).commit(store)
     return Transfer(copy, "structure", tuple(found.values()), (), None, ())
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import attribute, is_op
-from onnxopt.transfer.quantized import Dequantized, Packed, along
+from onnxopt.transfer.quantized import Packed
 from onnxopt.transfer.skeleton import Member, Operand
 from onnxopt.transfer.tensors import Filled, Tensor, chain, permuted, reshaped
 from onnxopt.transfer.trace import Tracer
@@ -101,32 +101,6 @@ def _gemm(node: ir.Node, tracer: Tracer) -> Layer | None:
     if members and (layer.gain != 1 or attribute(node, "beta", 1.0) != 1):
         return None
     return dataclasses.replace(layer, members=members, operands=(1, 2) if members else (1,))
-
-
-def _integers(node: ir.Node, tracer: Tracer, weight: int, scale: int, zero: int) -> Tensor | None:
-    integers, step = tracer.tensor(_input(node, weight)), tracer.tensor(_input(node, scale))
-    given = _input(node, zero)
-    offset, operand = tracer.tensor(given), _input(node, weight)
-    dtype = None if operand is None else tracer.shapes.dtype(operand)
-    if integers is None or step is None or dtype is None or (given is not None and offset is None):
-        return None
-    if len(integers.shape) != 2:
-        return None
-    step = along(step, 2, 1)
-    assert step is not None
-    return Dequantized(integers, dtype, step, along(offset, 2, 1))
-
-
-def _dynamic(node: ir.Node, tracer: Tracer) -> Layer | None:
-    weight = _integers(node, tracer, 1, 2, 3)
-    members = bias_of(tracer.parameter(_input(node, 4)))
-    return None if weight is None else Layer("linear", weight, members, (1, 2, 3, 4), channels=1)
-
-
-def _to_float(node: ir.Node, tracer: Tracer) -> Layer | None:
-    weight = _integers(node, tracer, 1, 3, 5)
-    members = bias_of(tracer.parameter(_input(node, 6)))
-    return None if weight is None else Layer("linear", weight, members, (1, 3, 5, 6), channels=1)
 
 
 def _blocks(node: ir.Node, tracer: Tracer) -> Layer | None:
@@ -252,8 +226,6 @@ LAYERS: Mapping[tuple[str, str], Callable[[ir.Node, Tracer], Layer | None]] = {
     ("", "MatMul"): _matmul,
     (_MS, "FusedMatMul"): _matmul,
     ("", "Gemm"): _gemm,
-    (_MS, "DynamicQuantizeMatMul"): _dynamic,
-    (_MS, "MatMulIntegerToFloat"): _to_float,
     (_MS, "MatMulNBits"): _blocks,
     ("", "Conv"): _conv,
     ("", "ConvTranspose"): _conv,

@@ -70,7 +70,7 @@ class _Move:
             skeleton = viewer.view()
             store, contradicted = self._write(skeleton)
             if not contradicted:
-                editor = Editor(self._target)
+                editor = Editor(viewer.real)
                 editor.commit(store)
                 editor.drop_unused()
                 return Moved(skeleton, self._how, self._failed, self._ratios, self._added, self._unshared)
@@ -92,7 +92,7 @@ class _Move:
     def _add_biases(self) -> None:
         skeleton = Viewer(self._target).view()
         ratios = Ratios(self._source, skeleton, self._pairs(skeleton))
-        editor = Editor(self._target)
+        editor = Editor(skeleton.real)
         for pair in self._active(skeleton):
             if any(m.kind != "scale" for m in pair.target.members):
                 continue
@@ -142,7 +142,7 @@ class _Move:
 
     def _separate(self, viewer: Viewer, skeleton: Skeleton, contradicted: set[int]) -> None:
         """Give layers that contradict each other tensors of their own, or let them fail."""
-        editor = Editor(self._target)
+        editor = Editor(viewer.real)
         shared = set(shared_operands(skeleton.layers, viewer.tracer)) - self._apart
         done = set()
         for index in sorted(contradicted):

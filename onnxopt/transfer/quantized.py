@@ -114,6 +114,37 @@ class Dequantized:
 
 
 @dataclasses.dataclass(frozen=True)
+class Product:
+    """The step of sums: that of what comes in times that of the weight, which are parameters of others.
+
+    Attributes:
+        factors: One number, and one or one per channel.
+        times: Multiplies both.
+    """
+
+    factors: tuple[Tensor, Tensor]
+    times: float = 1.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its sizes."""
+        return self.factors[1].shape
+
+    def leaves(self) -> Iterator[ir.Value]:
+        """Yield nothing: it follows from what belongs to others."""
+        return iter(())
+
+    def read(self, store: Store) -> Array:
+        """Return the numbers."""
+        first, second = (f.read(store).astype(np.float64) for f in self.factors)
+        return first * second * self.times
+
+    def write(self, array: Array, store: Store) -> None:
+        """Refuse."""
+        raise Unwritable("the scale of its sums follows from others")
+
+
+@dataclasses.dataclass(frozen=True)
 class Packed:
     """A matrix of few bits with a scale per block of its contraction, as MatMulNBits has it; (columns, rows) here.
 

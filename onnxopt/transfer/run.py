@@ -12,7 +12,7 @@ from onnxopt import model as models
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import UsageError
 from onnxopt.feeds import Data, Feed, load_data
-from onnxopt.graph import constant_tensor
+from onnxopt.graph import constant_tensor, copied
 from onnxopt.ground import Source
 from onnxopt.runtime import RunOptions
 from onnxopt.transfer.certify import Finding, Trial, certify
@@ -194,7 +194,7 @@ class _Run:
             self._pairs = match(self._source, self._target, turn)
             attempt = self._try(self._of_confidence(ambiguous=False) | unsure, True)
             assert attempt.finding is not None
-            if attempt.finding.certificate.verdict == "equal":
+            if attempt.finding.certificate.verdict in ("equal", "close"):
                 return attempt, unsure
             if attempt.finding.consistent:
                 return None, unsure & attempt.finding.equal
@@ -202,8 +202,7 @@ class _Run:
 
     def _try(self, chosen: set[int], verify: bool) -> _Attempt:
         self._progress.stage("moving parameters")
-        model = self._target.model.clone()
-        model.meta.update(self._target.model.meta)
+        model = copied(self._target.real.original)
         moved = move(self._source, model, self._pairs, chosen)
         if not verify:
             return _Attempt(model, moved, chosen, None)

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.transfer.real import Real
 from onnxopt.transfer.tensors import Array, Sliced, Store, Tensor
 
 Operand = tuple[ir.Node, int]
@@ -114,12 +115,17 @@ class Skeleton:
     """The groups of a model, in topological order.
 
     Attributes:
-        model: The model.
+        real: The model, and its real model, which the groups are of.
         groups: Its groups; inputs and outputs of the model are among them, as kinds "input" and "output".
     """
 
-    model: ir.Model
+    real: Real
     groups: list[Group]
+
+    @property
+    def model(self) -> ir.Model:
+        """The real model."""
+        return self.real.model
 
     @property
     def layers(self) -> list[Group]:

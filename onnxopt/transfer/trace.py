@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -44,10 +44,10 @@ _SCALARS: dict[str, Callable[..., float]] = {
 class Tracer:
     """Traces operands of one model; every value once."""
 
-    def __init__(self, shapes: Shapes) -> None:
-        """Take what is known about shapes."""
+    def __init__(self, shapes: Shapes, known: Mapping[ir.Value, Tensor] | None = None) -> None:
+        """Take what is known about shapes, and values whose tensors are known."""
         self.shapes = shapes
-        self._found: dict[ir.Value, Tensor | None] = {}
+        self._found: dict[ir.Value, Tensor | None] = dict(known or {})
         self._numbers: dict[ir.Value, float | None] = {}
 
     def tensor(self, value: ir.Value | None, depth: int = _DEPTH) -> Tensor | None:
@@ -92,6 +92,9 @@ class Tracer:
             return found
         if is_same(node) or is_op(node, *_RESHAPES, "Expand"):
             return self.number(node.inputs[0], depth - 1) if self._is_single(value) else None
+        if is_op(node, "DequantizeLinear"):
+            code, step, zero = [*(self.number(v, depth - 1) for v in node.inputs), 0.0][:3]
+            return None if code is None or step is None or zero is None else (code - zero) * step
         if is_op(node, *_SCALARS):
             operands = [self.number(v, depth - 1) for v in node.inputs]
             if None in operands:

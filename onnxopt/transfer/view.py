@@ -14,6 +14,7 @@ from onnxopt.transfer.members import Chain, follow
 from onnxopt.transfer.parts import PartFinder
 from onnxopt.transfer.skeleton import Edge, Group, Operand, Skeleton, joined
 from onnxopt.transfer.tensors import Sliced, Tensor, reshaped
+from onnxopt.transfer.to_real import in_real_numbers
 from onnxopt.transfer.trace import Tracer
 
 Ways = dict[tuple[int, str], float | None]
@@ -48,8 +49,9 @@ class Viewer:
 
     def __init__(self, model: ir.Model) -> None:
         """Prepare to go through the main graph."""
-        self.model = model
-        self.tracer = Tracer(Shapes(model))
+        self.real = in_real_numbers(model)
+        self.model = self.real.model
+        self.tracer = Tracer(Shapes(self.model), self.real.tensors)
         self.groups: list[Group] = []
         self._ways: dict[ir.Value, Ways] = {}
         self._absorbed: set[Operand] = set()
@@ -68,7 +70,7 @@ class Viewer:
             group = Group(len(self.groups), "output", ("output", number), value.name or "")
             group.edges = _edges([self._of(value)])
             self.groups.append(group)
-        return Skeleton(self.model, self.groups)
+        return Skeleton(self.real, self.groups)
 
     def _visit(self, graph: ir.Graph) -> None:
         for node in graph:

@@ -1,0 +1,143 @@
+"""Forms that compute with integers: the same network, whatever quantized it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+
+import onnxopt
+from onnxopt.transfer.to_real import in_real_numbers
+
+from .conftest import build, outputs
+
+NET = """
+g (float[2, 3, 8, 8] x) => (float[2, 10] y) {
+    a = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, first, first_bias)  b = Relu(a)
+    c = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(b)
+    d = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(c, second, second_bias)  e = Add(c, d)  f = Relu(e)
+    p = GlobalAveragePool(f)  h = Flatten(p)  y = Gemm<transB = 1>(h, last, last_bias)
+}
+"""
+NET_WEIGHTS = {
+    "first": (16, 3, 3, 3),
+    "first_bias": (16,),
+    "second": (16, 16, 3, 3),
+    "second_bias": (16,),
+    "last": (10, 16),
+    "last_bias": (10,),
+}
+TEXT = """
+g (int64[2, 5] ids) => (float[2, 5, 12] y) {
+    a = Gather(table, ids)  b = LayerNormalization(a, norm, norm_bias)
+    c = MatMul(b, up)  d = Add(c, up_bias)  e = Sigmoid(d)  f = Mul(d, e)  h = MatMul(f, down)  y = Add(h, b)
+}
+"""
+TEXT_WEIGHTS = {"table": (4, 12), "norm": (12,), "norm_bias": (12,), "up": (12, 48), "up_bias": (48,), "down": (48, 12)}
+MODELS = {"net": (NET, NET_WEIGHTS), "text": (TEXT, TEXT_WEIGHTS)}
+
+
+class Feeds(CalibrationDataReader):
+    """Four samples like those that outputs are compared on."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        name = model.graph.input[0].name
+        random = np.random.default_rng(0)
+        if name == "ids":
+            self._feeds: Iterator[dict[str, np.ndarray]] = iter([{name: random.integers(0, 4, (2, 5))}] * 4)
+        else:
+            drawn = [random.normal(0, 1, (2, 3, 8, 8)).astype(np.float32) for _ in range(4)]
+            self._feeds = iter([{name: array} for array in drawn])
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._feeds, None)
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy for the quantizer, which empties what it is given."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _static(form: QuantFormat, activations: QuantType, per_channel: bool) -> Callable[[onnx.ModelProto, str], None]:
+    def quantize(model: onnx.ModelProto, path: str) -> None:
+        quantize_static(
+            _copy(model), path, Feeds(model), form, per_channel=per_channel, activation_type=activations,
+            weight_type=QuantType.QInt8,
+        )  # fmt: skip
+
+    return quantize
+
+
+FORMS: dict[str, Callable[[onnx.ModelProto, str], None]] = {
+    "dynamic": lambda model, path: quantize_dynamic(_copy(model), path, weight_type=QuantType.QUInt8),
+    "pairs": _static(QuantFormat.QDQ, QuantType.QUInt8, False),
+    "pairs per channel": _static(QuantFormat.QDQ, QuantType.QInt8, True),
+    "operators": _static(QuantFormat.QOperator, QuantType.QUInt8, False),
+    "operators per channel": _static(QuantFormat.QOperator, QuantType.QUInt8, True),
+}
+
+
+def _deviation(first: onnx.ModelProto, second: object) -> float:
+    expected, found = outputs(first)[0], outputs(second)[0]  # type: ignore[arg-type]
+    return float(np.abs(expected - found).max() / np.ptp(expected))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", MODELS)
+def test_forms_of_the_runtime(name: str, form: str, tmp_path: Path) -> None:
+    """All parameters move into what ONNX Runtime makes of a model, and back, and land where they belong."""
+    text, weights = MODELS[name]
+    source, other = build(text, weights, 1), build(text, weights, 2)
+    path = str(tmp_path / "integers.onnx")
+    FORMS[form](other, path)
+    real = in_real_numbers(onnxopt.load(path)).model
+    assert not [n for n in real.graph if n.op_type.startswith(("Q", "Dynamic")) or "Integer" in n.op_type]
+    assert _deviation(other, real) < 0.03
+    there = onnxopt.transfer(source, path)
+    assert there.coverage == 1
+    assert there.certificate is not None
+    assert there.certificate.verdict == "close"
+    assert _deviation(source, there.model) < 0.1
+    assert _deviation(source, other) > 0.3
+    back = onnxopt.transfer(there.model, build(text, weights, 3))
+    assert back.coverage == 1
+    assert back.certificate is not None
+    assert back.certificate.verdict == "close"
+    assert _deviation(source, back.model) < 0.05
+
+
+def test_a_bias_in_sums_follows_the_scale_of_its_weight(tmp_path: Path) -> None:
+    """The step of a bias of 32 bits is that of the input times that of the weight, which a transfer changes."""
+    source, path = build(NET, {**NET_WEIGHTS, "first": (16, 3, 3, 3)}, 1), str(tmp_path / "pairs.onnx")
+    wide = build(NET, NET_WEIGHTS, 2)
+    for tensor in wide.graph.initializer:
+        if tensor.name == "first":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 7, "first"))
+    FORMS["pairs per channel"](wide, path)
+    result = onnxopt.transfer(source, path)
+    found = {n: v.const_value.numpy() for n, v in result.model.graph.initializers.items()}
+    np.testing.assert_allclose(
+        found["first_bias_quantized_scale"].reshape(-1), found["x_scale"] * found["first_scale"].reshape(-1), rtol=1e-6
+    )
+    bias = found["first_bias_quantized"].astype(np.float64) * found["first_bias_quantized_scale"].reshape(-1)
+    expected = next(onnx.numpy_helper.to_array(t) for t in source.graph.initializer if t.name == "first_bias")
+    np.testing.assert_allclose(bias, expected, atol=float(found["first_bias_quantized_scale"].max()))
+
+
+def test_a_wrong_parameter_does_not_pass_for_rounding(tmp_path: Path) -> None:
+    """Another activation costs less than rounding would be allowed by any limit, and is found all the same."""
+    path = str(tmp_path / "integers.onnx")
+    FORMS["dynamic"](build(NET.replace("f = Relu(e)", "f = LeakyRelu<alpha = 0.01>(e)"), NET_WEIGHTS, 2), path)
+    source = build(NET, NET_WEIGHTS, 1)
+    result = onnxopt.transfer(source, path)
+    assert _deviation(source, result.model) < 0.1
+    assert result.certificate is not None
+    assert result.certificate.verdict not in ("equal", "close")
+    assert result.certificate.verification is not None
+    assert not result.certificate.verification.ok
