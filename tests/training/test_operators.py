@@ -252,6 +252,33 @@ def test_windows(
     assert close(ours["y"], theirs["y"])
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    kernel=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    strides=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    op=st.sampled_from(["MaxPool", "AveragePool", "LpPool"]),
+    ceil=st.booleans(),
+)
+def test_windows_may_be_larger_than_what_they_look_at(
+    size: tuple[int, int], kernel: tuple[int, int], strides: tuple[int, int], op: str, ceil: bool
+) -> None:
+    text = f"""<ir_version: 9, opset_import: ["" : 19]> g (float[2, 3, h, v] x) => (float[a, b, c, d] y) {{
+        y = {op} <kernel_shape = {list(kernel)}, strides = {list(strides)}, ceil_mode = {int(ceil)}> (x) }}"""
+    # what is more than a stride too large has no windows at all, of which the runtime makes a negative number
+    assume(all(n - k > -2 * s for n, k, s in zip(size, kernel, strides, strict=True)))
+    ours, theirs = run(text, {"x": np.random.default_rng(0).standard_normal((2, 3, *size)).astype(np.float32)})
+    assert close(ours["y"], theirs["y"])
+
+
+def test_gradients_pass_a_window_that_is_too_large() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 19]> g (double[1, 2, 2, 4] x) => (double[a, b, c, d] y)
+        { y = AveragePool <kernel_shape = [3, 2], strides = [3, 2]> (x) }"""
+    interpreter = Interpreter(models.load(onnx.parser.parse_model(text)))
+    x = torch.linspace(-1, 1, 16, dtype=torch.float64).reshape(1, 2, 2, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: interpreter.run({"x": x})["y"], (x,))
+
+
 def test_blocks_are_added_up_where_they_lie() -> None:
     text = """<ir_version: 9, opset_import: ["" : 18]> g (float[1, 8, 12] x) => (float[a, b, c, d] y)
         <int64[2] image = {5, 4}, int64[2] block = {2, 2}>

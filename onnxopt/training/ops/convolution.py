@@ -113,16 +113,18 @@ def _transposed_pads(
 
 
 def _window(call: Call, x: Tensor) -> tuple[list[int], list[int], list[int], list[tuple[int, int]], list[int]]:
-    """Return kernel, strides, dilations, paddings, and what is added behind by rounding the size up."""
+    """Return kernel, strides, dilations, paddings, and what is added behind for a window that reaches out there."""
     rank = x.ndim - 2
     kernel = list(call.get("kernel_shape"))
     strides = list(call.get("strides") or [1] * rank)
     dilations = list(call.get("dilations") or [1] * rank)
     pads = paddings(call, x.shape[2:], kernel, strides, dilations)
     more = [0] * rank
-    if call.get("ceil_mode", 0):
-        for i, (size, k, s, d) in enumerate(zip(x.shape[2:], kernel, strides, dilations, strict=True)):
-            span = size + sum(pads[i]) - ((k - 1) * d + 1)
+    for i, (size, k, s, d) in enumerate(zip(x.shape[2:], kernel, strides, dilations, strict=True)):
+        span = size + sum(pads[i]) - ((k - 1) * d + 1)
+        if -s < span < 0:
+            more[i] = -span  # the runtime rounds towards zero, so that a window that is too large is one all the same
+        elif call.get("ceil_mode", 0):
             count = math.ceil(span / s)
             # a window that would begin behind the padding is none
             count -= count * s >= size + pads[i][0]
@@ -140,6 +142,10 @@ def max_pool(call: Call, x: Tensor) -> Any:
     wide = [(first, last + m) for (first, last), m in zip(pads, more, strict=True)]
     padded = _padded(x, wide, -math.inf)
     pool = _of_rank(_MAX_POOL, x.ndim - 2)
+    sizes = _window_counts(padded, kernel, strides, dilations)
+    if 0 in sizes:
+        empty = x.new_zeros((*x.shape[:2], *sizes)).to(dtype)
+        return (empty, empty.to(torch.int64)) if call.wants(1) else empty
     if not call.wants(1):
         return pool(padded, kernel, strides, 0, dilations).to(dtype)
     y, at = pool(padded, kernel, strides, 0, dilations, return_indices=True)
@@ -179,11 +185,18 @@ def lp_pool(call: Call, x: Tensor) -> Tensor:
     return _window_sum(powers, kernel, strides, dilations) ** (1 / p)
 
 
-def _window_sum(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
-    sizes = [
-        (size - ((k - 1) * d + 1)) // s + 1
+def _window_counts(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[int]:
+    """Return how many windows fit on each spatial axis of what is padded already."""
+    return [
+        max((size - ((k - 1) * d + 1)) // s + 1, 0)
         for size, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
+
+
+def _window_sum(x: Tensor, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+    sizes = _window_counts(x, kernel, strides, dilations)
+    if 0 in sizes:
+        return x.new_zeros((*x.shape[:2], *sizes))
     if len(kernel) == 2 and set(dilations) == {1}:
         return functional.avg_pool2d(x, list(kernel), list(strides), divisor_override=1)
     total = None
