@@ -32,6 +32,8 @@ LEAST_GAIN = 0.01
 """A fit that takes away less of the square error is not worth new weights."""
 NOTHING = 1e-9
 """A square error that is rounding, as a fraction of the output's variance."""
+SAME = 1e-9
+"""A spread that is rounding, as a fraction of the mean square."""
 MOMENT_BYTES = 1 << 30
 """Memory for what is known of the layers that are fitted together."""
 FEW_ROWS, MANY_ROWS, LEAST_ROWS = 2, 32, 4096
@@ -171,7 +173,7 @@ class Fitted:
 
     Attributes:
         change: What to add to weight and bias.
-        before: Error of the layer's output on samples held back, as a fraction of the original's spread.
+        before: Error of the layer's output on samples held back, as a fraction of the original's spread over all.
         after: The same with the change that was learnt from the other samples.
         damping: How much it was held in check.
     """
@@ -209,7 +211,8 @@ class Residuals:
         self.reference = (target.value,)
         self.changed = _looks_at(layer, target)
         self._moments = Moments(layer.groups, layer.inputs, layer.outputs)
-        self._held: list[tuple[Array, Array, Array]] = []
+        self._held: list[tuple[Array, Array]] = []
+        self._goal = _Spread()
         self._rows = math.ceil(wanted_rows(layer) / max(1, samples))
         self._whole = samples >= HOLD_BACK
         self._seed, self._seen = seed, 0
@@ -233,8 +236,9 @@ class Residuals:
         held = np.arange(len(positions)) % HOLD_BACK == HOLD_BACK - 1
         if self._whole:
             held[:] = self._seen % HOLD_BACK == 0
+        self._goal.add(goal)
         if held.any():
-            self._held.append((rows[held], lacking[held], goal[held]))
+            self._held.append((rows[held], lacking[held]))
         if not held.all():
             self._moments.add(rows[~held], lacking[~held])
 
@@ -244,8 +248,8 @@ class Residuals:
             return self._misfit
         if not self._held or not self._moments.usable:
             return "its activations were too few, or held NaN or infinity"
-        x, r, goal = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
-        before, spread = _power(r), max(_power(goal - goal.mean(axis=0)), 1e-30)
+        x, r = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
+        before, spread = _power(r), len(r) * self._goal.of_a_row
         if before <= NOTHING * spread:
             return "it computes what it did"
         after, damping = math.inf, DAMPINGS[0]
@@ -263,6 +267,27 @@ class Residuals:
 
     def _change(self, damping: float) -> Change:
         return ridge(self._moments, damping, bias=self.layer.takes_bias)
+
+
+class _Spread:
+    """What the rows of an array have of their own: the square deviation from their mean."""
+
+    def __init__(self) -> None:
+        self._rows, self._power = 0, 0.0
+        self._sum: Array | float = 0.0
+
+    def add(self, rows: Array) -> None:
+        """Take in rows."""
+        self._rows += len(rows)
+        self._power += _power(rows)
+        self._sum = self._sum + rows.sum(axis=0, dtype=np.float64)
+
+    @property
+    def of_a_row(self) -> float:
+        """The mean square deviation; the mean square of rows that are all the same."""
+        power = self._power / max(1, self._rows)
+        spread = power - _power(np.asarray(self._sum)) / max(1, self._rows) ** 2
+        return max(spread if spread > SAME * power else power, np.finfo(np.float64).tiny)
 
 
 def _power(array: Array) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report import charts, pareto, removals, summary, words
+from onnxopt.report import charts, pareto, removals, summary, tradeoff, words
 from onnxopt.report.markup import Html, joined, tag
 from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
@@ -234,6 +234,9 @@ def _removed(table: removals.Table, report: Report) -> Iterable[Html]:
     yield tag("p", tag("code", table.spec))
     for text in (table.total, *(removals.told(r) for r in report.reached if r.spec == table.spec)):
         yield tag("p", text)
+    picture = tradeoff.picture(table)
+    if picture:
+        yield picture
     titles = ("group", "units", "parameters", "multiply-adds", "expected", "measured", "layers")
     yield _table(titles, [_removed_row(line) for line in table.lines[:EDITS]], numbers=(1, 2, 3, 4, 5))
     if len(table.lines) > EDITS:

@@ -120,9 +120,11 @@ def change(before: float, after: float) -> str:
 
 
 def share(part: float) -> str:
-    """Return a part of something as a percentage, e.g. "12.3%", "<0.1%", "0%"."""
-    if part == 0:
-        return "0%"
+    """Return a part of something as a percentage, e.g. "12.3%", "<0.1%", "0%", ">999%"."""
+    if part == 0 or math.isnan(part):
+        return "0%" if part == 0 else "NaN"
+    if part >= 9.995:
+        return ">999%"
     return "<0.1%" if 0 < part < 0.0005 else f"{part:,.1%}"
 
 

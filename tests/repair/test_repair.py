@@ -315,3 +315,27 @@ def test_a_classifier_with_a_third_of_its_channels_recovers(monkeypatch: pytest.
     assert len(edits) == 4
     assert list(refusals.values()) == ["it computes what it did"]
     assert accuracy(model) > accuracy(original) - 0.06
+
+
+def test_the_error_of_few_rows_is_told_by_the_spread_over_all() -> None:
+    """Of four samples of one row, one is held back; by itself it has no spread."""
+    text, direction = "(float[1,4] x) => (float[1,3] y) { y = MatMul(x, w) }", random(1, 4)
+    original, model = declare(text, w=random(4, 3)), declare(text, w=np.zeros((4, 3), np.float32))
+    feeds = [{"x": direction * np.float32(size)} for size in (1, -2, 2, -1)]
+    (edit,) = repair("prune", original, model, [Target("y", "y")], context(model, feeds))
+    assert isinstance(edit, Edit)
+    assert edit.fit is not None
+    assert edit.fit.before == pytest.approx(1 / np.sqrt((1 + 4 + 4 + 1) / 4), rel=1e-3)
+    assert edit.fit.after < 0.01
+
+
+def test_the_error_of_a_constant_is_told_by_its_size() -> None:
+    text = "(float[1,4] x) => (float[1,3] y) { z = Mul(x, k) s = Add(z, o) y = MatMul(s, w) }"
+    arrays = {"k": np.zeros(1, np.float32), "o": np.ones(1, np.float32)}
+    original, model = declare(text, w=random(4, 3), **arrays), declare(text, w=random(4, 3) * np.float32(0.5), **arrays)
+    feeds = [{"x": random(1, 4, seed=i)} for i in range(8)]
+    (edit,) = repair("prune", original, model, [Target("y", "y")], context(model, feeds))
+    assert isinstance(edit, Edit)
+    assert edit.fit is not None
+    assert edit.fit.before == pytest.approx(0.5, rel=1e-3)
+    assert edit.fit.after < 0.01

@@ -135,3 +135,25 @@ def test_sentence_ends_with_one_full_stop() -> None:
     assert words.sentence("it differs") == "it differs."
     assert words.sentence("it\n  differs.") == "it differs."
     assert words.sentence("") == ""
+
+
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        (0.0, "0%"),
+        (0.0003, "<0.1%"),
+        (0.1234, "12.3%"),
+        (1.5, "150.0%"),
+        (9.994, "999.4%"),
+        (1e30, ">999%"),
+        (math.inf, ">999%"),
+        (math.nan, "NaN"),
+    ],
+)
+def test_a_share_is_short_whatever_it_is(part: float, text: str) -> None:
+    assert words.share(part) == text
+
+
+@pytest.mark.parametrize(("part", "text"), [(0.0, "0%"), (0.25, "-25.0%"), (-0.25, "+25.0%")])
+def test_what_is_saved_is_a_change(part: float, text: str) -> None:
+    assert words.saved(part) == text
