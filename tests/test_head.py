@@ -227,6 +227,51 @@ def test_the_layer_that_tells_most_is_found() -> None:
     )
 
 
+def dots(count: int) -> dict[str, np.ndarray]:
+    """Return images of one dot, and whether it is in the left half or the right."""
+    random = np.random.default_rng(0)
+    rows, columns = random.integers(0, 8, (2, count))
+    columns[0], columns[1] = 0, 7
+    images = np.zeros((count, 1, 8, 8), np.float32)
+    images[np.arange(count), 0, rows, columns] = 1
+    return {"x": images, "labels": columns // 4}
+
+
+DOTS = model("f = Flatten(x) h = Relu(f) y = Gemm(h, w)", inputs="float[N, 1, 8, 8] x", w=weight(64, 4))
+
+
+def test_moved_images_are_learnt_from_where_that_helps() -> None:
+    plain = new_head(DOTS, dots(30), method="ridge")
+    found = new_head(DOTS, dots(30), method="ridge", shift=1)
+    assert [m.method for m in found.report.methods] == ["ridge with moved images", "ridge"]
+    assert found.report.methods[1].accuracy == plain.report.methods[0].accuracy
+    assert found.report.methods[0].accuracy.right > plain.report.methods[0].accuracy.right
+    more = dots(200)
+    right = [
+        (r.classifier.scores(more["x"].reshape(200, -1)).argmax(axis=1) == more["labels"]).mean()
+        for r in (plain, found)
+    ]
+    assert right[1] > right[0]
+
+
+def test_moved_images_are_left_out_where_they_hurt() -> None:
+    """The class is whether the column is even, which a pixel changes."""
+    data = dots(60)
+    data["labels"] = data["x"].any(axis=(1, 2)).argmax(axis=1) % 2
+    found = new_head(DOTS, data, method="ridge", shift=1)
+    assert [m.method for m in found.report.methods] == ["ridge", "ridge with moved images"]
+    assert (found.classifier.weight == new_head(DOTS, data, method="ridge").classifier.weight).all()
+
+
+def test_what_cannot_be_moved() -> None:
+    with pytest.raises(UsageError, match="the model takes none"):
+        new_head(model("h = Relu(x) y = Gemm(h, w)", w=weight(6, 4)), samples(6), shift=1)
+    with pytest.raises(UsageError, match="8 x 8 cannot be moved by 8 pixels"):
+        new_head(DOTS, dots(12), shift=8)
+    with pytest.raises(UsageError, match="cannot be -1"):
+        new_head(DOTS, dots(12), shift=-1)
+
+
 def test_labels_may_be_strings_and_come_from_a_file(tmp_path: Path) -> None:
     data = samples(6)
     names = np.array(["cat", "dog", "emu"])[data.pop("labels")]

@@ -13,7 +13,11 @@ from onnxopt.probe.classifier import Array
 from onnxopt.probe.validation import Accuracy
 
 CLOSE = 0.005
-"""Accuracies that differ by less count as equal; then the cheaper way wins."""
+"""Accuracies that differ by less, or by less than the standard error of their difference, count as equal.
+
+Then the cheapest way wins. Of few samples the most accurate way is often only the luckiest (the rule of one standard
+error: Breiman et al., "Classification and Regression Trees", 1984, section 3.4.3).
+"""
 
 _QUANTILES = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """97.5% quantiles of Student's t by degrees of freedom."""
@@ -82,12 +86,16 @@ def difference(way: Way, other: Way) -> Difference:
     The interval is Student's, with the variance raised for folds that share their training samples (Nadeau and
     Bengio, "Inference for the Generalization Error", 2003).
     """
+    mean = way.accuracy.share - other.accuracy.share
+    half = _QUANTILES.get(len(way.folds) - 1, 2.2) * max(_spread(way, other), _least_spread(way))
+    return Difference(way.name, other.name, mean, max(-1.0, mean - half), min(1.0, mean + half))
+
+
+def _spread(way: Way, other: Way) -> float:
+    """Return the standard error of the difference of two ways on the same folds."""
     each = np.asarray(way.folds) - np.asarray(other.folds)
     count = len(each)
-    mean = way.accuracy.share - other.accuracy.share
-    spread = math.sqrt(float(each.var(ddof=1)) * (1 / count + 1 / (count - 1)))
-    half = _QUANTILES.get(count - 1, 2.2) * max(spread, _least_spread(way))
-    return Difference(way.name, other.name, mean, max(-1.0, mean - half), min(1.0, mean + half))
+    return math.sqrt(float(each.var(ddof=1)) * (1 / count + 1 / (count - 1)))
 
 
 def _least_spread(way: Way) -> float:
@@ -103,7 +111,7 @@ def decide(ways: Sequence[Way], differences: Sequence[Difference]) -> Verdict:
         differences: Of each way that transfers against the best that does not.
     """
     best = max(ways, key=lambda w: w.accuracy.share)
-    chosen = next(w for w in ways if w.accuracy.share >= best.accuracy.share - CLOSE)
+    chosen = next(w for w in ways if w.accuracy.share >= best.accuracy.share - max(CLOSE, _spread(w, best)))
     transfers = [w for w in ways if w.transfers]
     leading = max(transfers, key=lambda w: w.accuracy.share)
     found = next(d for d in differences if d.name == leading.name)

@@ -47,6 +47,14 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
     "cross-validation.",
 )
 @click.option(
+    "--shift",
+    metavar="PIXELS",
+    type=click.IntRange(min=0),
+    default=0,
+    help="Also learn from images moved by so many pixels, if that classifies more samples rightly; for images whose "
+    "class does not depend on where they are.",
+)
+@click.option(
     "--no-curve", "curve", flag_value=False, default=True, help="Do not find out what fewer labels would give."
 )
 @click.option(

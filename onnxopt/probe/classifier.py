@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -30,8 +29,14 @@ class Linear:
         return features @ self.weight + self.bias
 
 
-Fit = Callable[[Array, Array, int], Linear]
-"""Fits a classifier: features (rows by features), classes (whole numbers from 0), number of classes."""
+class Fit(Protocol):
+    """Fits a classifier."""
+
+    def __call__(self, features: Array, classes: Array, count: int, variants: int = 1) -> Linear:
+        """Fit to features (rows by features) and classes (whole numbers from 0), of which there are so many.
+
+        The rows are so many blocks of the same size: variants of the same samples, in the same order.
+        """
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,16 +68,27 @@ A unit behind a ReLU that fires for one sample in a thousand has a tiny spread; 
 sample stand out more than anything else.
 """
 
+DOUBTED = 250
+"""Samples below which the spreads they show are doubted: so many over the number of samples is added to SHRINKAGE.
 
-def standardize(features: Array) -> Standardization:
-    """Learn mean and scale of features: rows by features."""
+The spread of a rarely active unit is mostly chance in a few samples, and a common scale does better.
+"""
+
+
+def standardize(features: Array, samples: int | None = None) -> Standardization:
+    """Learn mean and scale of features.
+
+    Args:
+        features: Rows by features.
+        samples: How many samples the rows are variants of; None when each is one.
+    """
     mean = features.mean(axis=0, dtype=np.float64)
     spread = features.std(axis=0, dtype=np.float64)
     # What varies less than this is rounding of the model's own arithmetic.
     varies = spread > np.maximum(1e-5 * np.abs(mean), 1e-7 * np.abs(mean).max(initial=0.0))
     typical = float(np.sqrt(np.mean(spread[varies] ** 2))) if varies.any() else 1.0
     scale = np.full(spread.shape, np.inf)
-    scale[varies] = spread[varies] + SHRINKAGE * typical
+    scale[varies] = spread[varies] + (SHRINKAGE + DOUBTED / max(samples or len(features), 1)) * typical
     return Standardization(mean, scale)
 
 

@@ -19,32 +19,35 @@ _ROWS_PER_CHOICE = 2500
 _FOLDS = 3
 
 
-def fit(features: Array, classes: Array, count: int) -> Linear:
+def fit(features: Array, classes: Array, count: int, variants: int = 1) -> Linear:
     """Fit logistic regression.
 
     Args:
         features: Rows by features.
         classes: A whole number from 0 per row.
         count: How many classes there are.
+        variants: The rows are so many blocks of the same samples, which are left out together.
     """
-    scaling = standardize(features)
+    scaling = standardize(features, len(features) // variants)
     size = np.sqrt(features.shape[1])
     # In the space that the rows span, along its principal axes, there are at most as many coordinates as rows.
     left, values, right = singular(scaling.apply(features) / size)
     x = left * np.sqrt(values)
-    penalty = _penalty(x, classes, count)
+    penalty = _penalty(x, classes, count, variants)
     weight, bias = _path(x, classes, count, [p for p in PENALTIES if p >= penalty])[-1]
     return scaling.fold(right @ weight / size, bias, penalty)
 
 
-def _penalty(x: Array, classes: Array, count: int) -> float:
+def _penalty(x: Array, classes: Array, count: int, variants: int) -> float:
     """Return the penalty with the least log-loss on rows that were left out."""
-    smallest = int(np.bincount(classes, minlength=count).min())
+    samples = len(x) // variants
+    smallest = int(np.bincount(classes[:samples], minlength=count).min())
     if smallest < 2:
         return PENALTIES[2]
     judged = min(_FOLDS, max(1, _ROWS_PER_CHOICE // len(x)))
     losses = np.zeros(len(PENALTIES))
-    for train, test in stratified(classes, min(_FOLDS, smallest), seed=0)[:judged]:
+    for split in stratified(classes[:samples], min(_FOLDS, smallest), seed=0)[:judged]:
+        train, test = (np.concatenate([rows + v * samples for v in range(variants)]) for rows in split)
         fits = _path(x[train], classes[train], count, PENALTIES)
         losses += [log_loss(x[test] @ weight + bias, classes[test]) * len(test) for weight, bias in fits]
     return PENALTIES[int(np.argmin(losses))]

@@ -9,7 +9,7 @@ import numpy as np
 
 from onnxopt.contract import Progress, Silent
 from onnxopt.probe import logistic, ridge
-from onnxopt.probe.classifier import Array, Fit, log_loss
+from onnxopt.probe.classifier import Array, Fit, Linear, log_loss
 from onnxopt.probe.folds import stratified, wilson
 
 METHODS: Mapping[str, Fit] = {"ridge": ridge.fit, "logistic": logistic.fit}
@@ -83,13 +83,38 @@ class Step:
     draws: int
 
 
+def fit_rows(
+    method: str, features: Array, classes: Array, count: int, rows: Array, copies: Sequence[Array] = ()
+) -> Linear:
+    """Fit to some samples and their variants.
+
+    Args:
+        method: One of METHODS.
+        features: Of all samples.
+        classes: Of all samples.
+        count: How many classes there are.
+        rows: Which samples to fit to.
+        copies: Features of variants of the same samples.
+    """
+    stacked = np.concatenate([features[rows], *(c[rows] for c in copies)])
+    return METHODS[method](stacked, np.tile(classes[rows], 1 + len(copies)), count, 1 + len(copies))
+
+
 def cross_validate(
-    method: str, features: Array, classes: Array, count: int, splits: Sequence[tuple[Array, Array]]
+    method: str,
+    features: Array,
+    classes: Array,
+    count: int,
+    splits: Sequence[tuple[Array, Array]],
+    copies: Sequence[Array] = (),
 ) -> Validation:
-    """Classify every sample by a fit to the other folds; standardization and penalty are learnt there too."""
+    """Classify every sample by a fit to the other folds; standardization and penalty are learnt there too.
+
+    Variants of samples are only learnt from, never judged by.
+    """
     scores = np.zeros((len(classes), count))
     for train, test in splits:
-        scores[test] = METHODS[method](features[train], classes[train], count).scores(features[test])
+        scores[test] = fit_rows(method, features, classes, count, train, copies).scores(features[test])
     predicted = scores.argmax(axis=1)
     accuracy = Accuracy(int((predicted == classes).sum()), len(classes))
     return Validation(method, accuracy, log_loss(scores, classes), predicted)
@@ -103,6 +128,7 @@ def compare(
     *,
     folds: int,
     seed: int,
+    copies: Sequence[Array] = (),
     progress: Progress | None = None,
 ) -> tuple[Validation, ...]:
     """Cross-validate methods on the same folds; the most right answers come first, then the least loss."""
@@ -111,13 +137,26 @@ def compare(
     progress.stage("cross-validating", total=len(methods))
     found = []
     for method in methods:
-        found.append(cross_validate(method, features, classes, count, splits))
+        found.append(cross_validate(method, features, classes, count, splits, copies))
         progress.advance()
-    return tuple(sorted(found, key=lambda v: (-v.accuracy.right, v.log_loss)))
+    return tuple(sorted(found, key=order))
+
+
+def order(found: Validation) -> tuple[int, float]:
+    """Return what sorts the better one first."""
+    return -found.accuracy.right, found.log_loss
 
 
 def learning_curve(
-    method: str, features: Array, classes: Array, count: int, *, folds: int, seed: int, progress: Progress | None = None
+    method: str,
+    features: Array,
+    classes: Array,
+    count: int,
+    *,
+    folds: int,
+    seed: int,
+    copies: Sequence[Array] = (),
+    progress: Progress | None = None,
 ) -> tuple[Step, ...]:
     """Return the accuracy on samples that were left out, against the number of labelled samples per class.
 
@@ -135,7 +174,7 @@ def learning_curve(
         for _ in range(max(1, min(_REPEATS[method], _ROWS_PER_STEP // (per_class * count * folds)))):
             for train, test in splits:
                 chosen = _drawn(random, train, classes, per_class, count)
-                fitted = METHODS[method](features[chosen], classes[chosen], count)
+                fitted = fit_rows(method, features, classes, count, chosen, copies)
                 shares.append(float((fitted.scores(features[test]).argmax(axis=1) == classes[test]).mean()))
         low, high = np.quantile(shares, [0.05, 0.95])
         found.append(Step(per_class, float(np.mean(shares)), float(low), float(high), len(shares)))

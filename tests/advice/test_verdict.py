@@ -48,6 +48,17 @@ def test_the_cheaper_of_equals_is_taken() -> None:
     assert verdict(*ways).recommended == "fine-tuning"
 
 
+def test_the_luckiest_of_few_samples_is_not_taken_for_the_best() -> None:
+    """One sample more of five in some folds is within a standard error; the cheaper way is taken."""
+    found = verdict(
+        reached("inputs", 0.6, 0.8, 0.4, 0.6, 0.6, each=5),
+        reached("head", 0.8, 1.0, 0.8, 1.0, 1.0, each=5),
+        reached("fine-tuning", 1.0, 0.8, 0.8, 1.0, 1.0, each=5),
+        reached("scratch", 1.0, 1.0, 0.8, 1.0, 1.0, each=5),
+    )
+    assert (found.kind, found.recommended) == ("no difference shown", "head")
+
+
 def test_transfer_that_hurts() -> None:
     found = verdict(
         reached("head", 0.4, 0.42, 0.4), reached("fine-tuning", 0.7, 0.7, 0.72), reached("scratch", 0.9, 0.9, 0.92)

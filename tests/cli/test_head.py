@@ -48,6 +48,18 @@ def test_a_digit_classifier_tells_even_from_odd(tmp_path: Path, data: Path, invo
     assert {p.key: p.value for p in onnx.load(out).metadata_props}["onnxopt.classes"] == '["even", "odd"]'
 
 
+def test_moved_images_are_one_more_way_to_fit(tmp_path: Path, data: Path, invoke: Invoke) -> None:
+    out, few = tmp_path / "even.onnx", tmp_path / "few.npz"
+    with np.load(data) as full:
+        np.savez(few, image=full["image"][:30], labels=full["labels"][:30])
+    done = invoke(
+        "head", MODELS / "mnist_cnn.onnx", "--data", few, "--method", "ridge", "--shift", 2, "--no-curve", "-o", out
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    assert "ridge with moved images" in done.output
+    assert out.exists()
+
+
 def test_errors_are_one_sentence(tmp_path: Path, data: Path, invoke: Invoke) -> None:
     model = MODELS / "mnist_cnn.onnx"
     done = invoke("head", model, "--data", data, "--classes", 7, "-o", tmp_path / "o.onnx")

@@ -46,6 +46,40 @@ def test_leave_one_out_is_what_refitting_without_the_row_gives() -> None:
         np.testing.assert_allclose(quick[row], (x[row] - mean) @ weight + target, rtol=1e-9)
 
 
+def test_a_sample_is_left_out_with_all_its_variants() -> None:
+    samples, classes = blobs(12, 5, 2)
+    random = np.random.default_rng(3)
+    rows = np.concatenate([samples + 0.1 * random.normal(size=samples.shape) for _ in range(3)])
+    x, y = rows - rows.mean(axis=0), one_hot(np.tile(classes, 3), 2)
+    left, values, _ = singular(x)
+    centred = y - y.mean(axis=0)
+    quick = ridge._leave_samples_out(values, left, left.T @ centred, centred, 2.0, 3) + y.mean(axis=0)
+    for sample in range(12):
+        out = sample + 12 * np.arange(3)
+        rest = np.setdiff1d(np.arange(36), out)
+        mean, target = x[rest].mean(axis=0), y[rest].mean(axis=0)
+        inner = x[rest] - mean
+        weight = np.linalg.solve(inner.T @ inner + 2.0 * np.eye(5), inner.T @ (y[rest] - target))
+        np.testing.assert_allclose(quick[out], (x[out] - mean) @ weight + target, rtol=1e-6)
+
+
+def test_variants_that_are_copies_change_nothing_but_the_penalty() -> None:
+    """The penalty is relative to the number of rows, so the same classifier comes out."""
+    features, classes = blobs(40, 6, 3, apart=0.7)
+    one = ridge.fit(features, classes, 3)
+    three = ridge.fit(np.tile(features, (3, 1)), np.tile(classes, 3), 3, 3)
+    assert three.penalty == pytest.approx(3 * one.penalty)
+    np.testing.assert_allclose(three.scores(features), one.scores(features), rtol=0.02, atol=0.02)
+
+
+def test_a_few_samples_do_not_show_what_features_spread() -> None:
+    """Their scales are drawn together: the fewer samples, the more."""
+    features = np.random.default_rng(0).normal(size=(1000, 2)) * [1.0, 9.0]
+    ratios = [float(np.divide(*standardize(features[:n]).scale[::-1])) for n in (10, 100, 1000)]
+    assert 1 < ratios[0] < 1.2 < ratios[1] < ratios[2] < 9
+    assert standardize(features[:30], 10).scale[0] > standardize(features[:30]).scale[0]
+
+
 def test_temperature_leaves_less_loss_than_the_regression_alone() -> None:
     features, classes = blobs(300, 6, 3, apart=1.0)
     fitted = ridge.fit(features[:200], classes[:200], 3)
