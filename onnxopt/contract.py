@@ -82,10 +82,17 @@ class Edit:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refusal:
-    """A near miss: something that looked like a site, and why it was left alone."""
+    """A near miss: something that looked like a site, and why it was left alone.
+
+    Attributes:
+        site: Where.
+        reason: Why.
+        fit: How far a layer is off that was not fitted.
+    """
 
     site: Site
     reason: str
+    fit: Fit | None = None
 
 
 class Evaluate(Protocol):

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from onnxopt.contract import AppliedEdit, Context, DroppedEdit, GraphPass, Guarantee, PassReport, Progress, Silent
 from onnxopt.errors import VerificationError
 from onnxopt.pipeline import spec
-from onnxopt.removed import Damage
+from onnxopt.removed import Damage, Fit
 from onnxopt.trial import CRASHED, Crash, Denials, Numbered, Trial, attempt
 
 if TYPE_CHECKING:
@@ -240,15 +240,18 @@ def _reports(passes: Sequence[GraphPass], trials: Sequence[Trial], denials: Deni
     refusals: dict[int, Counter[str]] = {}
     skipped: dict[int, str] = {}
     seconds: dict[int, float] = {}
+    left: dict[int, list[Fit]] = {}
     for trial in trials:
         for edit in trial.applied:
             applied.setdefault(edit.position, []).append(AppliedEdit(edit.site, edit.summary, edit.removed, edit.fit))
+        for position, fit in trial.left:
+            left.setdefault(position, []).append(fit)
         refusals.update(trial.refusals)
         skipped.update(trial.skipped)
         seconds.update(trial.seconds)
     first = {p.name: i for i, p in reversed(list(enumerate(passes)))}
     for position, graph_pass in enumerate(passes):
-        kept = tuple(_measured(applied.get(position, ())))
+        kept = tuple(_measured(applied.get(position, ()), left.get(position, ())))
         dropped = tuple(
             d
             for d in denials.sites.values()
@@ -268,9 +271,14 @@ def _reports(passes: Sequence[GraphPass], trials: Sequence[Trial], denials: Deni
         )
 
 
-def _measured(edits: Sequence[AppliedEdit]) -> Iterable[AppliedEdit]:
-    """Yield edits, those that removed something with what the fit of the layers behind has measured."""
-    fits = {edit.fit.layer: edit.fit for edit in edits if edit.fit is not None}
+def _measured(edits: Sequence[AppliedEdit], left: Sequence[Fit]) -> Iterable[AppliedEdit]:
+    """Yield edits, those that removed something with how far the layers behind are off.
+
+    Args:
+        edits: The edits of a pass.
+        left: What it found out about layers that it did not fit.
+    """
+    fits = {fit.layer: fit for fit in (*left, *(edit.fit for edit in edits)) if fit is not None}
     for edit in edits:
         behind = () if edit.removed is None else edit.removed.behind
         found = [fits[layer] for layer in behind if layer in fits]

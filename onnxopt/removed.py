@@ -67,7 +67,7 @@ class Removed:
             axes that `onnxopt inspect` assumes.
         predicted: What was expected of it before it was done; None where nothing was.
         unrepaired: What was measured before the layers that are left were fitted; None where nothing was.
-        measured: What was measured with the layers fitted; None where nothing was.
+        measured: What was measured with the layers fitted where that helps; None where nothing was.
         behind: Outputs of the layers that take the units in.
     """
 

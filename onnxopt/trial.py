@@ -78,12 +78,14 @@ class Trial:
     Attributes:
         reference: Makes what the last edit says that the result must equal.
         unrepaired: The model as it was before the first edit that repairs, and what it must equal.
+        left: How far layers are off that were not fitted, with the position of the pass that looked.
     """
 
     model: ir.Model
     reference: Callable[[], ir.Model] | None = None
     unrepaired: tuple[ir.Model, ir.Model] | None = None
     applied: list[Applied] = dataclasses.field(default_factory=list)
+    left: list[tuple[int, Fit]] = dataclasses.field(default_factory=list)
     refusals: dict[int, Counter[str]] = dataclasses.field(default_factory=dict)
     skipped: dict[int, str] = dataclasses.field(default_factory=dict)
     seconds: dict[int, float] = dataclasses.field(default_factory=dict)
@@ -149,6 +151,7 @@ def _run_pass(
         for item in graph_pass.run(trial.model, ctx):
             if isinstance(item, Refusal):
                 refusals[item.reason] += 1
+                trial.left += [] if item.fit is None else [(position, item.fit)]
             elif item.site in denials.spared:
                 refusals[denials.spared[item.site]] += 1
             elif item.site not in denials.sites:

@@ -96,8 +96,10 @@ def repair(
         for observer in observers:
             site = Site(pass_name, "", observer.target.layer)
             fitted = observer.fit()
-            if isinstance(fitted, str):
-                yield Refusal(site, fitted)
+            if isinstance(fitted, Unfitted):
+                error = fitted.error
+                left = None if error is None else Fit(observer.target.layer, error, error)
+                yield Refusal(site, fitted.reason, left)
             else:
                 apply = functools.partial(observer.layer.replace, fitted.change, names)
                 fit = Fit(observer.target.layer, fitted.before, fitted.after)
@@ -188,6 +190,19 @@ class Fitted:
         return f"error {self.before:.1%} to {self.after:.1%} on samples held back"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unfitted:
+    """Why there is no change.
+
+    Attributes:
+        reason: In words.
+        error: Error of the layer's output as it is; see `Fitted.before`. None where it could not be told.
+    """
+
+    reason: str
+    error: float | None = None
+
+
 class Residuals:
     """Observes what the output of a layer lacks. An `onnxopt.contract.JointObserver`.
 
@@ -242,28 +257,29 @@ class Residuals:
         if not held.all():
             self._moments.add(rows[~held], lacking[~held])
 
-    def fit(self) -> Fitted | str:
+    def fit(self) -> Fitted | Unfitted:
         """Return the best change, learnt from all samples, or why there is none."""
         if self._misfit:
-            return self._misfit
+            return Unfitted(self._misfit)
         if not self._held or not self._moments.usable:
-            return "its activations were too few, or held NaN or infinity"
+            return Unfitted("its activations were too few, or held NaN or infinity")
         x, r = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
         before, spread = _power(r), len(r) * self._goal.of_a_row
+        error = math.sqrt(before / spread)
         if before <= NOTHING * spread:
-            return "it computes what it did"
+            return Unfitted("it computes what it did", error)
         after, damping = math.inf, DAMPINGS[0]
         for tried in DAMPINGS:
-            error = _power(r - self._change(tried).of(x))
-            if not error < after:
+            left = _power(r - self._change(tried).of(x))
+            if not left < after:
                 break
-            after, damping = error, tried
+            after, damping = left, tried
         if not after < before * (1 - LEAST_GAIN):  # nor when it is NaN
-            return "no weights come closer to the original on samples held back"
+            return Unfitted("no weights come closer to the original on samples held back", error)
         self._moments.add(x, r)
         if not self._moments.usable:
-            return "its activations held NaN or infinity"
-        return Fitted(self._change(damping), math.sqrt(before / spread), math.sqrt(after / spread), damping)
+            return Unfitted("its activations held NaN or infinity")
+        return Fitted(self._change(damping), error, math.sqrt(after / spread), damping)
 
     def _change(self, damping: float) -> Change:
         return ridge(self._moments, damping, bias=self.layer.takes_bias)

@@ -24,8 +24,8 @@ _EXPECTED = {
 }
 _MEASURED = {
     "outputs": "how far the outputs deviate, before the layers left are fitted",
-    "layers": "how far the layers behind are off, before and after they were fitted, by the spread of what they "
-    "computed, on samples held back; of several the worst",
+    "layers": "how far the worst layer behind is off, before and after it was fitted, with all that goes in front of "
+    "it gone as well; by the spread of what it computed, on samples held back",
 }
 
 
@@ -47,7 +47,7 @@ class Line:
     def cells(self) -> tuple[str, ...]:
         """What stands below `TITLES`."""
         done = self.removed
-        measured = [words.share(d.share) for d in (done.unrepaired, done.measured) if d is not None]
+        measured = dict.fromkeys(words.share(d.share) for d in (done.unrepaired, done.measured) if d is not None)
         return (
             words.printable(done.name),
             f"{done.units.before:,} -> {done.units.after:,}",

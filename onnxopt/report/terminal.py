@@ -253,7 +253,10 @@ def _removed(report: Report, console: Console, *, verbose: bool) -> None:
         width = max(12, console.width - 66)
         for line in shown:
             name, *cells = line.cells
-            table.add_row(Text(name if verbose else words.fold(name, width), style="cyan"), *map(Text, cells))
+            group = Text(name if verbose else words.fold(name, width), style="cyan")
+            if line.removed.unit != "channels":
+                group.append(f"\n{words.printable(line.removed.unit)}", style="dim")
+            table.add_row(group, *map(Text, cells))
         console.print(Padding(table, (0, 0, 0, 1)))
         rest = len(removed.lines) - len(shown)
         if rest:

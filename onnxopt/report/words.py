@@ -129,8 +129,10 @@ def share(part: float) -> str:
 
 
 def saved(part: float) -> str:
-    """Return what something is smaller by, as a change in percent, e.g. "-12.3%"."""
-    return share(part) if part == 0 else f"-{share(part)}" if part > 0 else f"+{share(-part)}"
+    """Return what something is smaller by, as a change in percent, e.g. "-12.3%"; "<0.1%" for less."""
+    if abs(part) < 0.0005:
+        return share(abs(part))
+    return f"-{share(part)}" if part > 0 else f"+{share(-part)}"
 
 
 def factor(ratio: float) -> str:

@@ -11,7 +11,7 @@ import pytest
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
-from onnxopt.contract import Context, Edit
+from onnxopt.contract import Context, Edit, Refusal
 from onnxopt.model import load
 from onnxopt.repair import fit
 from onnxopt.repair.fit import Target, repair
@@ -339,3 +339,16 @@ def test_the_error_of_a_constant_is_told_by_its_size() -> None:
     assert edit.fit is not None
     assert edit.fit.before == pytest.approx(0.5, rel=1e-3)
     assert edit.fit.after < 0.01
+
+
+def test_how_far_a_layer_is_off_that_is_not_fitted_is_told() -> None:
+    """Noise that the input knows nothing of: no weights help."""
+    text = "(float[8,4] x, float[8,3] noise) => (float[8,3] y) { z = MatMul(x, w) s = Mul(noise, k) y = Add(z, s) }"
+    weight = random(4, 3)
+    original, model = (declare(text, w=weight, k=np.full(1, size, np.float32)) for size in (1, 0))
+    feeds = [{"x": random(8, 4, seed=i), "noise": random(8, 3, seed=100 + i)} for i in range(64)]
+    (refusal,) = repair("prune", original, model, [Target("z", "y", through="y")], context(model, feeds))
+    assert isinstance(refusal, Refusal)
+    assert refusal.fit is not None
+    assert refusal.fit.before == refusal.fit.after
+    assert 0.2 < refusal.fit.after < 1

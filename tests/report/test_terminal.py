@@ -263,7 +263,8 @@ def test_groups_that_were_removed_are_listed_with_what_they_save_and_cost(remova
     assert "Gone: 80.0% of the channels that could go, 50.0% of the parameters, 20.0% of the multiply-adds." in text
     assert "asked for 85.0% of the time, reached 86.2% (95% interval 84.0% to 88.0%)." in text
     assert "Expected: how far the outputs deviate" in text
-    assert "Measured: how far the layers behind are off" in text
+    assert "Measured: how far the worst layer behind is off" in text
+    assert "blocks of 16 channels" in text
 
 
 def test_a_goal_that_was_not_measured_is_said_to_be_so(removals: Report, make: Make) -> None:

@@ -154,6 +154,6 @@ def test_a_share_is_short_whatever_it_is(part: float, text: str) -> None:
     assert words.share(part) == text
 
 
-@pytest.mark.parametrize(("part", "text"), [(0.0, "0%"), (0.25, "-25.0%"), (-0.25, "+25.0%")])
+@pytest.mark.parametrize(("part", "text"), [(0.0, "0%"), (0.0003, "<0.1%"), (0.25, "-25.0%"), (-0.25, "+25.0%")])
 def test_what_is_saved_is_a_change(part: float, text: str) -> None:
     assert words.saved(part) == text
