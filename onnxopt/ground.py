@@ -64,6 +64,7 @@ class Settings:
     force_calibration: bool = False
     objective: Objective = "latency"
     state: str | os.PathLike[str] | None = None
+    prune: bool = False
     progress: Progress = dataclasses.field(default_factory=Silent)
 
 

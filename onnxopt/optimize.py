@@ -78,6 +78,7 @@ def optimize(
     force_calibration: bool = False,
     objective: Objective = "latency",
     state: str | os.PathLike[str] | None = None,
+    prune: bool = False,
     replay: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Result:
@@ -111,6 +112,8 @@ def optimize(
         force_calibration: Without `data`, let passes that learn from data learn from generated inputs.
         objective: What to search for: the fastest model within the budget, or the smallest that is not slower.
         state: File that remembers what a search has found out, so that it can go on after an interruption.
+        prune: Let the search also try to remove channels, before and besides quantizing, where a forecast leaves hope.
+            It needs `data`, and takes its time.
         replay: A patch that `onnxopt.patch.write_patch` made of an earlier result: instead of running passes, that
             result is made again from the same original, verified and measured.
         progress: Told what is being done.
@@ -142,6 +145,7 @@ def optimize(
         force_calibration=force_calibration,
         objective=objective,
         state=state,
+        prune=prune,
         progress=progress or Silent(),
     )
     if replay is not None:
@@ -149,8 +153,8 @@ def optimize(
         return _replay(model, replay, settings, [name for name, value in told.items() if value is not None])
     if recipe is None and passes is None and (max_error is not None or max_drop is not None):
         return _search(model, settings)
-    if objective != "latency" or state is not None:
-        name = "state" if state is not None else "objective"
+    if objective != "latency" or state is not None or prune:
+        name = "state" if state is not None else "prune" if prune else "objective"
         raise UsageError(
             f"{name} is about the search within a budget; give max_drop or max_error, and no recipe or passes.",
             name,
@@ -235,7 +239,9 @@ def _search(model: Source, settings: Settings) -> Result:
     """
     if settings.objective not in OBJECTIVES:
         raise UsageError(f"objective must be {' or '.join(OBJECTIVES)}, not {settings.objective}.", "objective")
-    ground = prepare(model, settings, lambda start: any_learns(proposals(start, settings)))
+    if settings.prune and settings.data is None and not settings.force_calibration:
+        raise UsageError("prune needs real inputs to learn from; give them with data.", "prune", "data")
+    ground = prepare(model, settings, lambda start: settings.prune or any_learns(proposals(start, settings)))
     if not (settings.verify and settings.measure):
         what = "verified" if not settings.verify else "measured"
         raise UsageError(
@@ -257,10 +263,9 @@ def _search(model: Source, settings: Settings) -> Result:
         )
     assert measurement is not None
     with ground.clock("search"):
-        hunt = Hunt(ground, base, measurement)
+        hunt = Hunt(ground, lossless, base, measurement)
         found, outcome, measurement = hunt.run()
-    proposal = found.winner.proposal
-    pipeline = Pipeline((*lossless.passes, *proposal.pipeline.passes), "search" if proposal.passes else "lossless")
+    pipeline = found.winner.proposal.whole(lossless)
     with ground.clock("verify"):
         settings.progress.stage("verifying the result")
         verification = ground.bench.verify(outcome, pipeline.passes, ground.budget)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -90,6 +91,15 @@ class Allocation:
         total = elements(self._model)
         return self._until(found, lambda gone: total - whole + found.left(gone) <= fraction * total)
 
+    def for_products(self, fraction: float) -> dict[str, Share] | None:
+        """Return the share of each group so that at most this part of the multiplications is left, or None.
+
+        Those by constants that get no narrower, and those without constants, do not count.
+        """
+        found = self._products
+        whole = found.left(np.zeros(found.groups, np.int64))
+        return self._until(found, lambda gone: found.left(gone) <= fraction * whole)
+
     def for_time(self, fraction: float, key: str) -> dict[str, Share] | None:
         """Return the share of each group so that a model takes at most this part of the time, or None.
 
@@ -97,9 +107,9 @@ class Allocation:
             fraction: What the result may take of the time of the original.
             key: What the candidates are remembered by, with what is gone.
         """
-        assert self._ctx.calibration is not None and self._ctx.timed is not None, "the pass looked"
+        assert self._ctx.timed is not None, "the pass looked"
         timed = self._ctx.timed
-        states = list(self._path(costs.products(self._model, self._coupling, self._ctx.calibration)))
+        states = list(self._path(self._products))
         low, high = 0, len(states) - 1
 
         def time(index: int) -> float:
@@ -112,6 +122,11 @@ class Allocation:
             middle = (low + high) // 2
             low, high = (low, middle) if time(middle) <= fraction else (middle, high)
         return self._shares(states[high])
+
+    @functools.cached_property
+    def _products(self) -> Costs:
+        assert self._ctx.calibration is not None, "the pass looked"
+        return costs.products(self._model, self._coupling, self._ctx.calibration)
 
     def _path(self, found: Costs) -> Iterator[Array]:
         return path([curve.lost for curve in self._curves], self._choices, found)

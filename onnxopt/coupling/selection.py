@@ -8,6 +8,9 @@ from onnxopt.coupling.analysis import Group
 from onnxopt.coupling.importance import Scores
 from onnxopt.coupling.partition import Ints
 
+MULTIPLE, LEAST = 8, 4
+"""What is left of a layer is usually a multiple of the first, and not less than the second."""
+
 MAX_MULTIPLE = 1024
 """No kernel computes more channels at once."""
 

@@ -55,7 +55,9 @@ class SlowPass:
     edits: int
 
 
-CandidateStatus = Literal["winner", "kept", "over budget", "not proven", "slower", "not applicable", "failed"]
+CandidateStatus = Literal[
+    "winner", "kept", "over budget", "not proven", "slower", "not tried", "not applicable", "failed"
+]
 
 Objective = Literal["latency", "size"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "size")
@@ -82,10 +84,11 @@ class Candidate:
 
     Attributes:
         name: What it is, in a few words.
-        pipeline: Its lossy passes, which run behind the lossless ones; empty for keeping the model as it is.
+        pipeline: Its lossy passes; what prunes runs before the lossless ones, all else behind them. Empty for keeping
+            the model as it is.
         status: "winner", "kept" (within the budget, but another one is better), "over budget", "not proven" (within the
-            budget as far as the samples show, which are too few), "slower" (than the original), "not applicable" (the
-            model has nothing for it to do) or "failed".
+            budget as far as the samples show, which are too few), "slower" (than the original), "not tried" (because
+            it would not win), "not applicable" (the model has nothing for it to do) or "failed".
         reason: Why, in words.
         ratio: Time of the candidate by time of the original; None when it was not measured.
         low: Lower end of the 95% interval of the ratio.

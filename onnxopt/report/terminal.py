@@ -43,6 +43,7 @@ _CANDIDATE_STYLE = {
     "over budget": "red",
     "not proven": "yellow",
     "slower": "yellow",
+    "not tried": "dim",
     "not applicable": "dim",
     "failed": "red",
 }

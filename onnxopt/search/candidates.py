@@ -13,6 +13,7 @@ from onnxopt.pipeline import Pipeline
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+    from onnxopt.allocation.forecast import Goal
     from onnxopt.contract import Target
     from onnxopt.report.data import Objective
 
@@ -59,15 +60,28 @@ class Proposal:
     Attributes:
         name: What it is, in a few words.
         passes: What runs on the lossless result, as a pipeline string; empty for keeping that as it is.
+        first: What runs on the original, before the lossless passes, as a pipeline string; empty for nothing.
     """
 
     name: str
     passes: str
+    first: str = ""
+
+    @property
+    def spec(self) -> str:
+        """Its lossy passes as a pipeline string; empty for keeping the lossless result as it is."""
+        return ",".join(filter(None, (self.first, self.passes)))
 
     @property
     def pipeline(self) -> Pipeline:
-        """The passes."""
+        """The passes that run on the lossless result."""
         return Pipeline.parse(self.passes) if self.passes else Pipeline((), "lossless")
+
+    def whole(self, lossless: Pipeline) -> Pipeline:
+        """Return all that runs on the original, lossless passes included."""
+        first = Pipeline.parse(self.first).passes if self.first else ()
+        passes = (*first, *lossless.passes, *self.pipeline.passes)
+        return Pipeline(passes, "search" if self.spec else "lossless")
 
     @property
     def learns(self) -> bool:
@@ -82,6 +96,27 @@ class Proposal:
 
 KEEP = Proposal("keep fp32", "")
 """A candidate like any other."""
+
+PRUNED = Proposal("pruned", "", "prune-channels{importance=loss}")
+"""What stands for all that prunes where none of it can be made."""
+
+
+def pruned(proposal: Proposal, left: float, goal: Goal, objective: Objective) -> Proposal:
+    """Return a candidate with channels removed before everything else.
+
+    Args:
+        proposal: What is done to what is left; `KEEP` for nothing.
+        left: The part of the time, or of the parameters, that is to be left.
+        goal: Of which of them.
+        objective: What counts; see `propose`.
+    """
+    name = f"pruned to {left:.0%} of the {'time' if goal == 'latency' else 'parameters'}"
+    end = SMALLEST if objective == "size" else TIDY
+    return Proposal(
+        f"{name}, {proposal.name}" if proposal.passes else name,
+        proposal.passes or end,
+        f"prune-channels{{{goal}={left:g},importance=loss}}",
+    )
 
 
 def take_inventory(model: ir.Model) -> Inventory:

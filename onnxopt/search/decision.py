@@ -17,6 +17,9 @@ NEGLIGIBLE = 0.1
 SAME_SIZE = 0.01
 """Sizes that differ by less than this part count as equal."""
 
+GAIN = 0.97
+"""Something takes its time to try; it is worth that when less than this part of the best so far is expected of it."""
+
 SAME_SPEED = 0.05
 """Times that differ by less than this part count as equal where their intervals overlap."""
 
@@ -80,6 +83,8 @@ class Record:
         metric: The task metric; None when there is none.
         in_float: Layers left in floating point.
         applies: Whether the model has something for its passes to do; otherwise `failure` says why not.
+        moved: Root of the square error of the outputs by their power, on a few samples; None when not known.
+        tried: Whether it was tried at all; otherwise `failure` says why not.
     """
 
     name: str
@@ -91,6 +96,8 @@ class Record:
     metric: MetricResult | None = None
     in_float: tuple[FloatLayer, ...] = ()
     applies: bool = True
+    moved: float | None = None
+    tried: bool = True
 
     @property
     def lossless(self) -> bool:

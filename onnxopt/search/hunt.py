@@ -14,6 +14,7 @@ from onnxopt.search.arithmetic import overflows_here
 from onnxopt.search.candidates import Proposal, propose, take_inventory
 from onnxopt.search.decision import MOST_EFFORT, Limits, Speed
 from onnxopt.search.progress import Labelled
+from onnxopt.search.pruner import Pruner
 from onnxopt.search.run import Entry, Found, Search
 from onnxopt.search.summary import summarize
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnxopt.feeds import Data, Feed
     from onnxopt.ground import Ground, Settings
     from onnxopt.measure import Measurement
+    from onnxopt.pipeline import Pipeline
     from onnxopt.report.data import SearchReport
 
 
@@ -40,7 +42,12 @@ def any_learns(found: Sequence[Proposal]) -> bool:
 
 
 def laboratory(
-    ground: Ground, base: ir.Model, limits: Limits, metric: str | None, progress: Progress
+    ground: Ground,
+    base: ir.Model,
+    limits: Limits,
+    metric: str | None,
+    progress: Progress,
+    pruner: Pruner | None = None,
 ) -> lab.RuntimeLab:
     """Return what builds and judges candidates.
 
@@ -50,6 +57,7 @@ def laboratory(
         limits: The budget.
         metric: Name of the metric; None for none.
         progress: Told what is being done.
+        pruner: Prunes the original; None where nothing is to be pruned.
     """
     settings, data = ground.settings, ground.budget.data
     evaluator = None
@@ -68,6 +76,7 @@ def laboratory(
         evaluator=evaluator,
         feed=ground.bench.typical,
         seed=settings.seed,
+        pruner=pruner,
     )
     return lab.RuntimeLab(bench, progress)
 
@@ -79,12 +88,13 @@ def _judging(ground: Ground) -> Data | list[Feed]:
 class Hunt:
     """One search on prepared ground."""
 
-    def __init__(self, ground: Ground, base: manager.Outcome, measurement: Measurement) -> None:
+    def __init__(self, ground: Ground, lossless: Pipeline, base: manager.Outcome, measurement: Measurement) -> None:
         """Prepare to search.
 
         Args:
             ground: The models, the inputs and the options.
-            base: The lossless result, on which lossy passes run.
+            lossless: The passes that run first.
+            base: Their result, on which lossy passes run.
             measurement: How fast it is.
         """
         self._ground, self._base, self._measurement = ground, base, measurement
@@ -92,13 +102,15 @@ class Hunt:
         budget = ground.budget
         self._limits = Limits(budget.max_error, budget.max_drop)
         self._judging = _judging(ground)
-        self._lab = laboratory(ground, base.model, self._limits, budget.metric, self._progress)
+        self._pruner = Pruner(ground, lossless) if ground.settings.prune else None
+        self._lab = laboratory(ground, base.model, self._limits, budget.metric, self._progress, self._pruner)
 
     def run(self) -> tuple[Found, manager.Outcome, Measurement]:
         """Return what was found, the winner, and its measurement, which is not the one it won by."""
         settings = self._ground.settings
         keep = self._lab.keep(self._speed(self._measurement))
-        search = Search(self._lab, self._limits, settings.objective, self._state(), self._progress)
+        goal = None if self._pruner is None else self._pruner.goal
+        search = Search(self._lab, self._limits, settings.objective, self._state(), self._progress, goal)
         measured: dict[str, Measurement] = {}
 
         def timed(entry: Entry) -> Speed:
@@ -112,7 +124,7 @@ class Hunt:
         if winner.record.lossless:
             return found, self._base, self._measurement
         outcome = self._lab.build(winner.proposal, winner.spared)
-        passes = (*self._base.passes, *outcome.passes)
+        passes = outcome.passes if winner.proposal.first else (*self._base.passes, *outcome.passes)
         return found, manager.Outcome(outcome.model, passes, self._base.denials), measured[winner.record.name]
 
     def _timed(self, model: ir.Model) -> Measurement:

@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
-import numpy as np
 import onnx_ir as ir
 
 from onnxopt import manager
+from onnxopt.allocation.forecast import Level
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
-from onnxopt.compare.deviation import kind_of
 from onnxopt.contract import Calibration, Context, Guarantee, PassReport, Progress, Site
 from onnxopt.errors import OnnxOptError
 from onnxopt.feeds import Data, Feed
 from onnxopt.measure import measure
 from onnxopt.metrics import Evaluator, MetricResult
 from onnxopt.model import model_bytes
-from onnxopt.runtime import RunOptions, open_session
+from onnxopt.runtime import RunOptions
 from onnxopt.search.candidates import HELPERS, KEEP, TIDYING, Proposal
 from onnxopt.search.decision import Limits, Record, Speed
+from onnxopt.search.distance import Distance
+from onnxopt.search.pruner import Pruner, lossy
 from onnxopt.trial import Denials
 from onnxopt.verify import LOSSY_FEEDS, Verifier
 
@@ -60,6 +61,9 @@ class Lab(Protocol):
     def distance(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
         """Return how far the outputs are from the original's on a few samples that do not judge."""
 
+    def forecast(self) -> tuple[Level, ...]:
+        """Return what pruning is expected to do to the outputs, the mildest first; nothing where nothing can go."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bench:
@@ -76,6 +80,7 @@ class Bench:
         evaluator: Computes the metric; None for none.
         feed: What models are timed on.
         seed: Seeds bootstraps.
+        pruner: Prunes the original; None where nothing is to be pruned.
     """
 
     reference: ir.Model
@@ -88,6 +93,7 @@ class Bench:
     evaluator: Evaluator | None
     feed: Feed
     seed: int
+    pruner: Pruner | None = None
 
 
 class RuntimeLab:
@@ -99,7 +105,9 @@ class RuntimeLab:
         self._verifiers: list[Verifier] = []
         self._built: dict[tuple[str, frozenset[Site]], manager.Outcome] = {}
         self._few = list(bench.few[:FEW_SAMPLES]) or [bench.feed]
-        self._originals: list[dict[str, np.ndarray]] = []
+        fresh = list(_part(bench.judging, 0, FEW_SAMPLES)) or [bench.feed]
+        self._apart = Distance(bench.reference, self._few, bench.options)
+        self._moved = Distance(bench.reference, fresh, bench.options)
 
     def build(self, proposal: Proposal, spared: Mapping[Site, str]) -> manager.Outcome:
         """Run the lossy passes on the lossless result, unless it is still known how that ends.
@@ -107,10 +115,23 @@ class RuntimeLab:
         Raises:
             IdlePassError: If a pass that the candidate is about left no edit.
         """
-        key = (proposal.passes, frozenset(spared))
+        key = (proposal.spec, frozenset(spared))
         if key not in self._built:
             outcome = self._run(proposal, spared, self._bench.ctx)
             _require_edits(outcome, proposal)
+            if proposal.first:
+                before = self._pruned(proposal.first)
+                outcome = manager.Outcome(outcome.model, (*before.passes, *outcome.passes), before.denials)
+            self._remember(key, outcome)
+        return self._built[key]
+
+    def _pruned(self, first: str) -> manager.Outcome:
+        """Return the original pruned, with the lossless passes behind."""
+        key = (first, frozenset[Site]())
+        if key not in self._built:
+            assert self._bench.pruner is not None, "only with one such candidates are proposed"
+            outcome = self._bench.pruner.prune(first, self._progress)
+            _require_edits(lossy(outcome), Proposal("", "", first))
             self._remember(key, outcome)
         return self._built[key]
 
@@ -124,7 +145,8 @@ class RuntimeLab:
                 del self._built[known]
 
     def _run(self, proposal: Proposal, spared: Mapping[Site, str], ctx: Context) -> manager.Outcome:
-        base, passes = self._bench.base, proposal.pipeline.passes
+        base = self._pruned(proposal.first).model if proposal.first else self._bench.base
+        passes = proposal.pipeline.passes
         ctx = dataclasses.replace(ctx, shapes=Shapes(base))
         denials = Denials(spared=spared)
         return manager.run(base, passes, ctx, None, progress=self._progress, denials=denials)
@@ -137,12 +159,12 @@ class RuntimeLab:
             RuntimeFailure: If it does not run.
         """
         base = self._bench.base
-        record = self.assess(Record(KEEP.name, KEEP.passes, bytes=model_bytes(base), speed=speed), base)
+        record = self.assess(Record(KEEP.name, KEEP.spec, bytes=model_bytes(base), speed=speed), base)
         return dataclasses.replace(record, failure="")
 
     def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
         """Build a candidate, screen its speed and, unless it is slower, judge its quality."""
-        record = Record(proposal.name, proposal.passes)
+        record = Record(proposal.name, proposal.spec)
         try:
             model = self.build(proposal, spared).model
             record = dataclasses.replace(record, bytes=model_bytes(model), speed=self._timed(model, 0))
@@ -152,7 +174,7 @@ class RuntimeLab:
 
     def judge(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
         """Build a candidate and judge its quality alone."""
-        record = Record(proposal.name, proposal.passes)
+        record = Record(proposal.name, proposal.spec)
         try:
             model = self.build(proposal, spared).model
             return self.assess(dataclasses.replace(record, bytes=model_bytes(model)), model)
@@ -169,7 +191,8 @@ class RuntimeLab:
         worst, complaint = self._worst(model)
         if complaint:
             return dataclasses.replace(record, worst=worst, failure=complaint)
-        return dataclasses.replace(record, worst=worst, metric=self.metric(model))
+        moved = math.sqrt(self._moved(model))
+        return dataclasses.replace(record, worst=worst, moved=moved, metric=self.metric(model))
 
     def _worst(self, model: ir.Model) -> tuple[float, str]:
         """Return the worst deviation and what is wrong besides, such as NaN."""
@@ -238,12 +261,13 @@ class RuntimeLab:
     def distance(self, proposal: Proposal, spared: Mapping[Site, str]) -> float:
         """Return the mean square deviation of the outputs by their mean square, on a few samples."""
         try:
-            model = self._run(proposal, spared, self._few_ctx()).model
-            with open_session(model, self._bench.options, optimized=True) as session:
-                found = [_apart(one, session.run(feed)) for one, feed in zip(self._known(), self._few, strict=True)]
+            return self._apart(self._run(proposal, spared, self._few_ctx()).model)
         except OnnxOptError:
             return math.inf
-        return float(np.mean(found))
+
+    def forecast(self) -> tuple[Level, ...]:
+        """Return what pruning is expected to do to the outputs, the mildest first; nothing where nothing can go."""
+        return () if self._bench.pruner is None else self._bench.pruner.forecast()
 
     def _few_ctx(self) -> Context:
         """Return a context whose passes learn from few samples, which is quicker and hardly worse."""
@@ -254,12 +278,6 @@ class RuntimeLab:
 
     def _little(self, whole: Calibration) -> Calibration:
         return calibration(self._few, self._bench.options, real=whole.real, progress=self._progress)
-
-    def _known(self) -> list[dict[str, np.ndarray]]:
-        if not self._originals:
-            with open_session(self._bench.reference, self._bench.options, optimized=True) as session:
-                self._originals = [_floats(session.run(feed)) for feed in self._few]
-        return self._originals
 
 
 class IdlePassError(OnnxOptError):
@@ -297,27 +315,6 @@ def _helpers(proposal: Proposal) -> set[str]:
 def _part(data: Data | Sequence[Feed], start: int, size: int) -> Data | Sequence[Feed]:
     end = min(start + size, len(data))
     return data.select(range(start, end)) if isinstance(data, Data) else data[start:end]
-
-
-def _floats(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {
-        name: value.astype(np.float64)
-        for name, value in outputs.items()
-        if isinstance(value, np.ndarray) and kind_of(value.dtype) == "float"
-    }
-
-
-def _apart(one: Mapping[str, np.ndarray], two: Mapping[str, Any]) -> float:
-    """Return the mean over outputs of their square deviation by their square; inf where it is no number."""
-    found = []
-    for name, value in one.items():
-        other = two[name]
-        if other.shape != value.shape:
-            return math.inf
-        error = float(np.mean(np.square(other.astype(np.float64) - value)))
-        found.append(error / max(float(np.mean(np.square(value))), 1e-30))
-    whole = float(np.mean(found)) if found else math.inf
-    return whole if math.isfinite(whole) else math.inf
 
 
 def _failed(record: Record, error: Exception) -> Record:

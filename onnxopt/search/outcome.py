@@ -82,7 +82,7 @@ def _outcome(
     if record is winner:
         return "winner", _victory(record, records, limits, objective)
     if record.failure:
-        return "failed" if record.applies else "not applicable", record.failure
+        return "not tried" if not record.tried else "failed" if record.applies else "not applicable", record.failure
     if record.slower and not record.lossless:
         assert record.speed is not None
         return "slower", _slowness(record.speed)

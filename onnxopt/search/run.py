@@ -7,14 +7,17 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 
+from onnxopt.allocation.forecast import Goal, Level
 from onnxopt.contract import Site
+from onnxopt.errors import OnnxOptError
 from onnxopt.report.data import FloatLayer, Objective
 from onnxopt.report.words import count
 from onnxopt.search import decision, sensitivity
-from onnxopt.search.candidates import KEEP, Proposal
+from onnxopt.search.candidates import KEEP, PRUNED, Proposal, pruned
 from onnxopt.search.decision import Limits, Record, Speed
 from onnxopt.search.lab import Lab
 from onnxopt.search.progress import Labelled
+from onnxopt.search.prospects import prospects
 from onnxopt.search.state import State
 
 RANKING_SECONDS = 45.0
@@ -29,8 +32,8 @@ TRIES = 3
 RELIEVED = 2
 """So many candidates are tried with layers left in floating point, at most."""
 
-GAIN = 0.97
-"""A candidate over budget is worth relieving when it takes less than this part of the time of the best within it."""
+PRUNING_SECONDS = 600.0
+"""After this time no other pruned candidate is begun."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,10 +70,21 @@ class Search:
         objective: Objective,
         state: State,
         progress: Labelled,
+        goal: Goal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; nothing is run yet."""
-        self._lab, self._limits, self._objective = lab, limits, objective
+        """Prepare; nothing is run yet.
+
+        Args:
+            lab: What candidates are built and judged with.
+            limits: The budget.
+            objective: What to look for.
+            state: What is known from before, and remembers what is found out.
+            progress: Told what is being done.
+            goal: What pruning is to leave a part of; None where nothing is to be pruned.
+            clock: Tells the time in seconds.
+        """
+        self._lab, self._limits, self._objective, self._goal = lab, limits, objective, goal
         self._state, self._progress, self._clock = state, progress, clock
         self._entries: list[Entry] = []
         self._resumed = 0
@@ -89,6 +103,8 @@ class Search:
             self._entries.append(self._examined(proposal))
         self._settle()
         self._relieve()
+        if self._goal is not None:
+            self._prune(self._goal)
         return self.choose()
 
     def choose(self) -> Found:
@@ -127,7 +143,7 @@ class Search:
 
     def _examined(self, proposal: Proposal) -> Entry:
         known = self._state.record(proposal.name)
-        if known is not None and known.pipeline == proposal.passes:
+        if known is not None and known.pipeline == proposal.spec:
             self._resumed += 1
             return Entry(proposal, {}, known)
         record = self._lab.examine(proposal, {})
@@ -159,14 +175,62 @@ class Search:
             if relieved is not None:
                 self._entries.append(relieved)
 
+    def _prune(self, goal: Goal) -> None:
+        """Try pruned candidates where a forecast leaves hope: before the best that is quantized, and alone."""
+        end = self._clock() + PRUNING_SECONDS
+        self._progress.label = "looking for what can be pruned"
+        try:
+            levels = self._lab.forecast()
+        except OnnxOptError as error:
+            self._leave(PRUNED, str(error).rstrip("."), tried=True)
+            return
+        if not levels:
+            self._leave(PRUNED, "no layer can be made much narrower", applies=False)
+            return
+        best = self._entry(decision.choose(self._records(), self._limits, self._objective))
+        quantized = [best] if best.proposal.passes and not best.spared else []
+        for base in (*quantized, self._entries[0]):
+            self._prune_before(base, levels, goal, end)
+
+    def _prune_before(self, base: Entry, levels: Sequence[Level], goal: Goal, end: float) -> None:
+        """Find how much can be pruned before something else is done to a model, by halves of what is left to try."""
+        left, tried = list(levels), 0
+        while left:
+            best = decision.choose(self._records(), self._limits, self._objective)
+            hopeful, closest, reason = prospects(
+                left, base.record, best, self._records(), self._limits, self._objective
+            )
+            if not hopeful or self._clock() >= end:
+                if not tried:
+                    named = pruned(base.proposal, closest.left, goal, self._objective)
+                    self._leave(named, reason or "there was no time left to try it", tried=False)
+                return
+            level = hopeful[len(hopeful) // 2]
+            proposal, tried = pruned(base.proposal, level.left, goal, self._objective), tried + 1
+            self._progress.label = proposal.name
+            entry = self._examined(proposal)
+            self._entries.append(entry)
+            place = left.index(level)
+            left = left[place + 1 :] if self._fits(entry.record) else left[:place]
+
+    def _leave(self, proposal: Proposal, reason: str, *, tried: bool = True, applies: bool = True) -> None:
+        """Say of a candidate why it was not built."""
+        record = Record(proposal.name, proposal.spec, failure=reason, applies=applies, tried=tried)
+        self._entries.append(Entry(proposal, {}, record))
+
+    def _fits(self, record: Record) -> bool:
+        """Return whether a candidate runs, is not slower, and is within the budget."""
+        runs = not record.failure and record.speed is not None and not record.slower
+        return runs and decision.judged(self._records(), self._limits)[record.name].fit == "within"
+
     def _worth_relieving(self) -> list[Entry]:
         """Return the candidates over budget that are clearly faster, or smaller, than the best within it."""
         best = decision.choose(self._records(), self._limits, self._objective)
         missed = [e for e in self._entries if self._misses(e.record)]
         if self._objective == "size":
-            worth = [e for e in missed if (e.record.bytes or 0) < GAIN * (best.bytes or 0)]
+            worth = [e for e in missed if (e.record.bytes or 0) < decision.GAIN * (best.bytes or 0)]
             return sorted(worth, key=lambda e: (e.record.bytes or 0, e.record.name))
-        worth = [e for e in missed if _ratio(e.record) < GAIN * _ratio(best)]
+        worth = [e for e in missed if _ratio(e.record) < decision.GAIN * _ratio(best)]
         return sorted(worth, key=lambda e: (_ratio(e.record), e.record.name))
 
     def _misses(self, record: Record) -> bool:

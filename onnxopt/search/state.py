@@ -21,7 +21,7 @@ from onnxopt.report.json import dump, plain
 from onnxopt.search.decision import Record, Speed
 from onnxopt.textfile import write_text
 
-FORMAT = 3
+FORMAT = 4
 
 Spared = dict[Site, str]
 
@@ -96,6 +96,8 @@ def _record(content: dict[str, Any]) -> Record:
         metric=None if metric is None else _metric(metric),
         in_float=tuple(FloatLayer(**layer) for layer in content["in_float"]),
         applies=content["applies"],
+        moved=None if content["moved"] is None else float(content["moved"]),
+        tried=content["tried"],
     )
 
 

@@ -19,7 +19,7 @@ from onnxopt.coupling.ledger import Ledger
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
-from onnxopt.coupling.selection import MAX_MULTIPLE, kept, least_important, part, widths
+from onnxopt.coupling.selection import LEAST, MAX_MULTIPLE, MULTIPLE, kept, least_important, part, widths
 from onnxopt.errors import UsageError
 from onnxopt.graph import constant_tensor, copied, scopes
 from onnxopt.removed import Damage, Goal
@@ -65,9 +65,9 @@ class PruneChannels(GraphPass):
     ratio: float | None = None
     params: float | None = None
     latency: float | None = None
-    multiple: int = 8
+    multiple: int = MULTIPLE
     importance: Literal["magnitude", "activation", "loss"] = "magnitude"
-    min_channels: int = 4
+    min_channels: int = LEAST
     repair: bool = True
 
     def __post_init__(self) -> None:

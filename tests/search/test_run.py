@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from onnxopt.allocation.forecast import Goal, Level
 from onnxopt.contract import Silent, Site
+from onnxopt.errors import RuntimeFailure
 from onnxopt.metrics import MetricResult
 from onnxopt.search.candidates import KEEP, Proposal
 from onnxopt.search.decision import MOST_EFFORT, Limits, Record, Speed
@@ -37,8 +39,9 @@ class Figures:
 class Desk:
     """A laboratory without instruments."""
 
-    def __init__(self, figures: dict[str, Figures], interrupt_at: int = 10**9) -> None:
+    def __init__(self, figures: dict[str, Figures], interrupt_at: int = 10**9, levels: tuple[Level, ...] = ()) -> None:
         self.figures, self.calls, self.interrupt_at = figures, [], interrupt_at  # type: ignore[var-annotated]
+        self.expected = levels
 
     def _call(self, what: str) -> None:
         if len(self.calls) >= self.interrupt_at:
@@ -53,7 +56,7 @@ class Desk:
         self._call(f"examine {proposal.name}")
         figures = self.figures[proposal.name]
         if figures.failure:
-            return Record(proposal.name, proposal.passes, failure=figures.failure)
+            return Record(proposal.name, proposal.spec, failure=figures.failure)
         ratio = figures.ratio
         record = self._judged(proposal, spared)
         return dataclasses.replace(record, speed=self._speed(proposal, ratio, 0))
@@ -65,7 +68,7 @@ class Desk:
     def _judged(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:
         drop = self._drop(proposal, spared)
         metric = MetricResult("top1", 1, 1 - drop, drop, drop, drop * 1.1, 500, True)
-        return Record(proposal.name, proposal.passes, bytes=300, worst=0.1, metric=metric)
+        return Record(proposal.name, proposal.spec, bytes=300, worst=0.1, metric=metric, moved=drop)
 
     def measure(self, proposal: Proposal, spared: Mapping[Site, str], effort: int) -> Speed:
         self._call(f"measure {proposal.name}" + (f" with effort {effort}" if effort > 1 else ""))
@@ -82,13 +85,20 @@ class Desk:
         self._call(f"distance {proposal.name}")
         return self._drop(proposal, spared)
 
+    def forecast(self) -> tuple[Level, ...]:
+        self._call("forecast")
+        if not self.expected:
+            raise RuntimeFailure("The model does not run on sample 3.")
+        return self.expected
+
 
 def proposals(desk: Desk) -> list[Proposal]:
-    return [KEEP, *(Proposal(name, f"pass-{name}") for name in desk.figures)]
+    plain = [name for name in desk.figures if not name.startswith("pruned")]
+    return [KEEP, *(Proposal(name, f"pass-{name}") for name in plain)]
 
 
-def search(desk: Desk, state: State | None = None, limits: Limits = LIMITS) -> Found:
-    running = Search(desk, limits, "latency", state or State(None, ""), Labelled(Silent()))
+def search(desk: Desk, state: State | None = None, limits: Limits = LIMITS, goal: Goal | None = None) -> Found:
+    running = Search(desk, limits, "latency", state or State(None, ""), Labelled(Silent()), goal)
     return running.run(proposals(desk), KEPT)
 
 
@@ -240,3 +250,58 @@ def test_too_few_samples_are_said() -> None:
         found, Limits(0.1, None), "latency", metric="", metric_reason="", samples=3, calibration_samples=0, real=False
     )
     assert made.notes[0].startswith("Quality was judged by 3 sets of generated inputs")
+
+
+LEVELS = tuple(Level(left, (1 - left) / 10) for left in (0.8, 0.6, 0.4, 0.2))
+
+
+def pruned(**drops: float) -> dict[str, Figures]:
+    """Return figures of int8 and of what is pruned before it, by what is left in hundredths; it costs so much."""
+    before = {
+        f"pruned to {left[1:]}% of the time, int8": Figures(0.005 * int(left[1:]), (drop,))
+        for left, drop in drops.items()
+    }
+    return {"int8": Figures(0.5, (0.001,)), **before}
+
+
+def test_as_much_is_pruned_as_the_budget_allows() -> None:
+    desk = Desk(pruned(_40=0.002, _20=0.02), levels=LEVELS)
+    found = search(desk, goal="latency")
+    assert found.winner.record.name == "pruned to 40% of the time, int8"
+    assert found.winner.record.pipeline == "prune-channels{latency=0.4,importance=loss},pass-int8"
+    assert statuses(found)["pruned to 20% of the time, int8"] == "over budget"
+    assert [call for call in desk.calls if call.startswith("examine pruned")] == [
+        "examine pruned to 40% of the time, int8",
+        "examine pruned to 20% of the time, int8",
+    ]
+
+
+def test_when_too_much_was_pruned_less_is_tried() -> None:
+    found = search(Desk(pruned(_40=0.02, _60=0.02, _80=0.002), levels=LEVELS), goal="latency")
+    assert found.winner.record.name == "pruned to 80% of the time, int8"
+
+
+def test_what_could_not_win_is_named_with_the_reason() -> None:
+    figures = pruned() | {"int4": Figures(0.4, (0.02,))}
+    levels = tuple(Level(level.left, 10 * level.moved) for level in LEVELS)
+    found = search(Desk(figures, levels=levels), goal="latency")
+    assert found.winner.record.name == "int8"
+    told = {c.name: (c.status, c.reason) for c in report(found).candidates}
+    assert told["pruned to 80% of the time, int8"] == (
+        "not tried",
+        "with 80% left, outputs are expected to move by 20.0%, and int4, which moves them by 2.0%, is over the budget",
+    )
+    assert told["pruned to 40% of the time"][0] == "not tried"
+
+
+def test_a_forecast_that_fails_ends_nothing() -> None:
+    found = search(Desk(pruned()), goal="latency")
+    assert found.winner.record.name == "int8"
+    told = {c.name: (c.status, c.reason) for c in report(found).candidates}
+    assert told["pruned"] == ("failed", "The model does not run on sample 3")
+
+
+def test_nothing_is_pruned_unless_it_is_wanted() -> None:
+    desk = Desk(pruned(), levels=LEVELS)
+    search(desk)
+    assert "forecast" not in desk.calls

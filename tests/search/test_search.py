@@ -17,7 +17,7 @@ import onnxopt
 from onnxopt import registry
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.search import hunt, lab, run
+from onnxopt.search import decision, hunt, lab, pruner
 from onnxopt.search.candidates import TIDYING
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -159,7 +159,7 @@ def test_the_best_within_the_budget_is_found_and_reported(monkeypatch: pytest.Mo
 
 def test_a_guilty_layer_stays_in_float_and_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     register(monkeypatch, quantize_static=Coarse)
-    monkeypatch.setattr(run, "GAIN", 10.0)
+    monkeypatch.setattr(decision, "GAIN", 10.0)
     report = onnxopt.optimize(CNN, target="cpu", max_drop=0.02, **DATA).report
     assert report.search is not None
     (relieved,) = [c for c in report.search.candidates if c.in_float]
@@ -237,6 +237,8 @@ def test_a_state_file_saves_evaluations(monkeypatch: pytest.MonkeyPatch, tmp_pat
     [
         ({"objective": "size"}, "objective is about the search"),
         ({"state": "s.json"}, "state is about the search"),
+        ({"prune": True, "passes": "fuse-gelu"}, "prune is about the search"),
+        ({"prune": True, "max_error": 0.1}, "prune needs real inputs"),
         ({"objective": "size", "recipe": "small", "max_error": 0.1}, "objective is about the search"),
         ({"objective": "speed", "max_error": 0.1}, "objective must be latency or size, not speed"),
         ({"measure": False, "max_error": 0.1}, "have to be measured; name a recipe"),
@@ -257,3 +259,31 @@ def test_a_model_that_does_not_run_is_not_searched() -> None:
     assert report.search is None
     assert any(n.startswith("Nothing was searched") and "Turbo" in n for n in report.notes)
     assert report.after.nodes == 1
+
+
+def test_what_is_pruned_competes_with_what_is_quantized(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register(monkeypatch)
+    monkeypatch.setattr(pruner, "LEFT", (0.5,))
+    np.savez(tmp_path / "few.npz", image=np.load(MODELS / "mnist_calibration.npz")["image"][:96])
+    options = {"target": "cpu", "max_drop": 0.5, "data": tmp_path / "few.npz", "objective": "size"}
+    report = onnxopt.optimize(CNN, prune=True, **options).report
+    assert report.search is not None
+    assert report.search.winner.name == "pruned to 50% of the parameters, 8-bit weights"
+    assert report.pipeline.startswith("prune-channels{params=0.5,importance=loss},")
+    assert [(p.name, p.status) for p in report.passes if p.guarantee == "approximate"] == [
+        ("prune-channels", "kept"),
+        ("quantize-weights", "kept"),
+    ]
+    assert report.after.bytes < 0.55 * report.search.candidates[1].bytes
+
+
+def test_a_model_without_channels_to_prune_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    register(monkeypatch)
+    np.savez(tmp_path / "data.npz", x=np.random.default_rng(0).standard_normal((8, 1, 80)).astype(np.float32))
+    weight = np.random.default_rng(0).standard_normal((80, 80)).astype(np.float32)
+    model = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[1,80] x) => (float[1,80] y) { y = MatMul(x, w) }',
+        initializers=[ir.tensor(weight, name="w")],
+    )
+    report = onnxopt.optimize(model, target="cpu", max_drop=0.5, data=tmp_path / "data.npz", prune=True).report
+    assert statuses(report)["pruned"] == "not applicable"

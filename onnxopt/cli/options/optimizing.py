@@ -90,6 +90,12 @@ def search_options(function: F) -> F:
             help="Where an interrupted search is remembered, to go on with the same command. By default "
             "OUT.search.json until it is done.",
         ),
+        click.option(
+            "--prune",
+            is_flag=True,
+            help="Let the search also remove channels, before and besides quantizing, where a forecast leaves hope. "
+            "Needs --data, and takes minutes for larger models.",
+        ),
     )
 
 
