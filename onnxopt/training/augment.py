@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from onnxopt.errors import UsageError
+from onnxopt.training.values import on_device
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,9 +61,9 @@ class Augmentation:
             if self.shift and value.ndim == 4:
                 value = _shifted(value, self.shift, rng)
             if share < 1 and len(value) == rows:
-                value = share * value + (1 - share) * value[torch.from_numpy(partners)]
+                value = share * value + (1 - share) * value[on_device(partners)]
             if self.noise:
-                noise = torch.from_numpy(rng.standard_normal(tuple(value.shape)).astype(np.float32))
+                noise = on_device(rng.standard_normal(tuple(value.shape)).astype(np.float32))
                 value = value + self.noise * value.std() * noise.to(value.dtype)
             made[name] = value
         return Variant(made, partners, share)
@@ -72,7 +73,7 @@ def _shifted(images: torch.Tensor, most: int, rng: np.random.Generator) -> torch
     """Return each image moved by its own number of pixels."""
     height, width = images.shape[2:]
     down, right = rng.integers(-most, most + 1, (2, len(images), 1))
-    rows = torch.from_numpy(np.clip(np.arange(height) + down, 0, height - 1))
-    columns = torch.from_numpy(np.clip(np.arange(width) + right, 0, width - 1))
+    rows = on_device(np.clip(np.arange(height) + down, 0, height - 1))
+    columns = on_device(np.clip(np.arange(width) + right, 0, width - 1))
     each = torch.arange(len(images)).reshape(-1, 1, 1)
     return images.movedim(1, -1)[each, rows[:, :, None], columns[:, None, :]].movedim(-1, 1)

@@ -66,8 +66,9 @@ def distill(
         VerificationError: If torch computes something else than the runtime.
     """
     require_torch("Distillation")
+    from onnxopt.training.devices import computing
     from onnxopt.training.imitation import Imitation
-    from onnxopt.training.run import Lesson, interpreted, teach, using_threads
+    from onnxopt.training.run import Lesson, interpreted, teach
     from onnxopt.training.settings import settings
 
     how = settings(options, OWN)
@@ -76,7 +77,7 @@ def distill(
     models = load(teacher), load(student)
     _require_same_inputs(*models)
     examples = dataclasses.replace(load_examples(models[1], data, None), labels=None)
-    with using_threads(how.threads), runtime.open_session(models[0], how.options, optimized=True) as session:
+    with computing(how.device, how.threads), runtime.open_session(models[0], how.options, optimized=True) as session:
         one, two = (
             interpreted(model, examples, how, f"the {name}")
             for name, model in zip(("teacher", "student"), models, strict=True)

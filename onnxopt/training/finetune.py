@@ -57,8 +57,9 @@ def finetune(
         VerificationError: If torch computes something else than the runtime.
     """
     require_torch("Fine-tuning")
+    from onnxopt.training.devices import computing
     from onnxopt.training.objective import objective
-    from onnxopt.training.run import Lesson, interpreted, teach, using_threads
+    from onnxopt.training.run import Lesson, interpreted, teach
     from onnxopt.training.settings import settings
     from onnxopt.training.supervised import Supervised
 
@@ -69,7 +70,7 @@ def finetune(
     examples = load_examples(source, data, labels)
     if examples.labels is None:
         raise DataError("There are no labels; give them with labels, or as the key labels of the .npz.")
-    with using_threads(how.threads):
+    with computing(how.device, how.threads):
         interpreter = interpreted(source, examples, how, "this model")
         goal = objective(source, examples.labels, _output_shape(source, examples, how), label_smoothing)
         is_share = goal.task == "classification"

@@ -19,6 +19,7 @@ from onnxopt.training.normalizing import Normalizing
 from onnxopt.training.problem import Key, Problem
 from onnxopt.training.recipe import Recipe
 from onnxopt.training.trainable import Trainable
+from onnxopt.training.values import on_device, to_array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -99,11 +100,11 @@ class _State:
     def save(self, path: Path, key: str) -> None:
         arrays: dict[str, np.ndarray] = {}
         for name, each in self.learnt.items():
-            arrays[f"value/{name}"] = each.leaf.detach().numpy()
+            arrays[f"value/{name}"] = to_array(each.leaf)
             for part, tensor in self.optimizer.state[each.leaf].items():
-                arrays[f"adam/{part}/{name}"] = tensor.numpy()
-        arrays |= {f"best/{name}": value.numpy() for name, value in self.best_values.items()}
-        arrays |= {f"running/{name}": value.numpy() for name, value in self.normalizing.buffers.items()}
+                arrays[f"adam/{part}/{name}"] = to_array(tensor)
+        arrays |= {f"best/{name}": to_array(value) for name, value in self.best_values.items()}
+        arrays |= {f"running/{name}": to_array(value) for name, value in self.normalizing.buffers.items()}
         epochs = [[e.number, e.loss, list(e.key)] for e in self.epochs]
         text = {"run": key, "best": str(self.best), "epochs": json.dumps(epochs)}
         safetensors.write(path, arrays, text)
@@ -134,7 +135,7 @@ class _State:
                     if f"adam/{p}/{name}" in arrays
                 }
                 if state:
-                    self.optimizer.state[each.leaf] = {p: torch.from_numpy(a.copy()) for p, a in state.items()}
+                    self.optimizer.state[each.leaf] = {p: on_device(a.copy()) for p, a in state.items()}
             self.epochs = [Epoch(int(n), float(loss), tuple(k)) for n, loss, k in json.loads(text["epochs"])]
             self.best = int(text["best"])
         except (KeyError, ValueError, TypeError) as error:
@@ -144,7 +145,7 @@ class _State:
 def _like(array: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
     if array.shape != tuple(tensor.shape):
         raise ValueError(f"an array of shape {list(array.shape)} stands for one of {list(tensor.shape)}")
-    return torch.from_numpy(array.copy()).to(tensor.dtype)
+    return on_device(array.copy()).to(tensor.dtype)
 
 
 def fit(

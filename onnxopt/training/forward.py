@@ -16,6 +16,7 @@ from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.parameters import computes_in_half
+from onnxopt.training.values import to_array
 
 TOLERANCE = 1e-4
 """The largest deviation, as a fraction of the output's range."""
@@ -104,7 +105,7 @@ def distance(ours: Any, theirs: Any) -> float:
         if len(ours) != len(theirs):
             return np.inf
         return max(map(distance, ours, theirs), default=0.0)
-    array = ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours
+    array = to_array(ours) if isinstance(ours, torch.Tensor) else ours
     if array.shape != theirs.shape:
         return np.inf
     if theirs.dtype.kind in "OSU":

@@ -19,7 +19,7 @@ from onnxopt.training.examples import Examples
 from onnxopt.training.settings import Settings
 from onnxopt.training.table import operator
 from onnxopt.training.trainable import Trainable
-from onnxopt.training.values import tensor_to_torch
+from onnxopt.training.values import on_device, tensor_to_torch
 
 MOMENTUM = 0.1
 """The part of a batch in the running statistics, as in torch."""
@@ -188,7 +188,7 @@ def _statistics(model: ir.Model, node: Present) -> Statistics:
 
 def _restored(layer: Layer, moments: ChannelMoments, weight: torch.Tensor) -> Restored:
     """Return a normalization that changes nothing yet."""
-    mean, variance = (torch.from_numpy(a).to(weight.dtype) for a in (moments.mean, moments.variance))
+    mean, variance = (on_device(a).to(weight.dtype) for a in (moments.mean, moments.variance))
     scale, shift = (
         Trainable(f"{layer.output}/{name}", layer.depth, False, leaf.clone().requires_grad_(True), None, None)
         for name, leaf in (("scale", _deviation(variance)), ("shift", mean))

@@ -9,6 +9,9 @@ from typing import Literal, TypeAlias, TypedDict, get_args
 from onnxopt.contract import Progress
 
 BatchNorm: TypeAlias = Literal["frozen", "batch", "restored"]
+Device: TypeAlias = Literal["cpu", "cuda"]
+DEVICES: tuple[Device, ...] = get_args(Device)
+
 BATCHNORM: tuple[BatchNorm, ...] = get_args(BatchNorm)
 
 
@@ -38,6 +41,7 @@ class TrainingOptions(TypedDict, total=False):
         mix: Parameter of the beta distribution by which samples are mixed; 0, which mixes none.
         seed: The same seed gives the same result on the same machine; 0.
         threads: Threads of torch and of the runtime; 1.
+        device: What torch computes on, "cpu" or "cuda"; the runtime, which judges, stays on the processor.
         checkpoint: File for the state after each epoch, in the safetensors format; training goes on from it.
         progress: Told what is being done.
     """
@@ -60,6 +64,7 @@ class TrainingOptions(TypedDict, total=False):
     mix: float
     seed: int
     threads: int
+    device: Device
     checkpoint: str | os.PathLike[str] | None
     progress: Progress | None
 
@@ -83,6 +88,7 @@ DEFAULTS = TrainingOptions(
     mix=0.0,
     seed=0,
     threads=1,
+    device="cpu",
     checkpoint=None,
     progress=None,
 )

@@ -11,7 +11,7 @@ import torch
 from onnxopt.training.augment import Augmentation, Variant
 from onnxopt.training.call import Operator
 from onnxopt.training.examples import Examples
-from onnxopt.training.values import feed_to_torch
+from onnxopt.training.values import feed_to_torch, on_device
 
 Key = tuple[float, ...]
 """How good a state is: greater is better, the first number that differs decides."""
@@ -82,5 +82,5 @@ def _parts(
 ) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor | None, float]]:
     """Yield batches of samples: inputs, labels, and the share of all samples in it."""
     for feed, members in examples.batches(numbers, size):
-        labels = None if examples.labels is None else torch.from_numpy(examples.labels[members])
+        labels = None if examples.labels is None else on_device(examples.labels[members])
         yield feed_to_torch(feed), labels, len(members) / len(numbers)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -26,6 +25,7 @@ from onnxopt.training.problem import EVALUATION_BATCH, Aim, Problem
 from onnxopt.training.settings import Settings
 from onnxopt.training.trainable import Trainable, trainable, values_of
 from onnxopt.training.trained import Score, Trained, score
+from onnxopt.training.values import to_array
 
 FEEDS_TO_CHECK = 4
 """On so many samples torch and the runtime are compared, before and after."""
@@ -177,21 +177,10 @@ def _fingerprint(trained: Mapping[str, Trainable], examples: Examples, settings:
     kind = (settings.recipe, settings.augmentation, settings.validation, settings.batchnorm)
     digest = hashlib.sha256(repr((*kind, tuple(settings.batchnorm_behind), key)).encode())
     for name, each in trained.items():
-        digest.update(name.encode() + each.leaf.detach().numpy().tobytes())
+        digest.update(name.encode() + to_array(each.leaf).tobytes())
     for feed in examples.feeds:
         for name, value in feed.items():
             digest.update(name.encode() + np.ascontiguousarray(value).tobytes())
     if examples.labels is not None:
         digest.update(np.ascontiguousarray(examples.labels).tobytes())
     return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def using_threads(threads: int) -> Iterator[None]:
-    """Let torch use so many threads; afterwards as many as before."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -11,7 +11,8 @@ from onnxopt.errors import UsageError
 from onnxopt.registry import nearest
 from onnxopt.runtime import RunOptions
 from onnxopt.training.augment import Augmentation
-from onnxopt.training.options import BATCHNORM, DEFAULTS, BatchNorm, TrainingOptions
+from onnxopt.training.devices import require_device
+from onnxopt.training.options import BATCHNORM, DEFAULTS, BatchNorm, Device, TrainingOptions
 from onnxopt.training.recipe import Recipe
 
 
@@ -28,6 +29,7 @@ class Settings:
         batchnorm: What BatchNormalization goes by; see `TrainingOptions`.
         batchnorm_behind: Patterns of the names of weights that one is put behind.
         threads: Threads of torch and of the runtime.
+        device: What torch computes on.
         checkpoint: File for the state after each epoch.
         progress: Told what is being done.
     """
@@ -40,6 +42,7 @@ class Settings:
     batchnorm: BatchNorm
     batchnorm_behind: Sequence[str]
     threads: int
+    device: Device
     checkpoint: Path | None
     progress: Progress
 
@@ -52,6 +55,7 @@ class Settings:
             raise UsageError('batchnorm_behind is for batchnorm "restored".', "batchnorm_behind")
         if self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
+        require_device(self.device)
 
     @property
     def options(self) -> RunOptions:
@@ -96,6 +100,7 @@ def settings(given: TrainingOptions, own: TrainingOptions, *, blend: float = 1.0
         batchnorm=chosen["batchnorm"],
         batchnorm_behind=chosen["batchnorm_behind"],
         threads=chosen["threads"],
+        device=chosen["device"],
         checkpoint=None if checkpoint is None else Path(checkpoint),
         progress=chosen["progress"] or Silent(),
     )

@@ -12,6 +12,7 @@ from onnxopt.training.call import Operator
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.objective import Objective
 from onnxopt.training.problem import Key
+from onnxopt.training.values import on_device, to_array
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Supervised:
         found = self.interpreter.run(batch.inputs, values, [name], instead)[name]
         loss = self.objective.loss(found, labels)
         if batch.share < 1:
-            other = self.objective.loss(found, labels[torch.from_numpy(batch.partners)])
+            other = self.objective.loss(found, labels[on_device(batch.partners)])
             loss = batch.share * loss + (1 - batch.share) * other
         return loss
 
@@ -51,5 +52,5 @@ class Supervised:
         output, computed = self.objective.output, self.objective.computed
         found = self.interpreter.run(inputs, values, [output, computed])
         loss = float(self.objective.loss(found[computed], labels))
-        right = float(self.objective.right(found[output].numpy(), labels.numpy()).mean())
+        right = float(self.objective.right(to_array(found[output]), to_array(labels)).mean())
         return (right, -loss) if self.objective.task == "classification" else (-loss,)

@@ -79,7 +79,12 @@ def to_torch(array: Any, dtype: ir.DataType | None = None) -> torch.Tensor:
     """
     array = np.asarray(array)
     wanted = torch_dtype(dtype if dtype is not None else _onnx_dtype(array))
-    return torch.from_numpy(np.array(array, dtype=_NUMPY[wanted], order="C"))
+    return on_device(np.array(array, dtype=_NUMPY[wanted], order="C"))
+
+
+def on_device(array: np.ndarray) -> torch.Tensor:
+    """Return an array as a tensor on the device in use, where functions of torch make theirs; see `devices`."""
+    return torch.from_numpy(array).to(torch.get_default_device())
 
 
 def feed_to_torch(feed: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -107,7 +112,7 @@ def to_array(value: torch.Tensor, dtype: ir.DataType | None = None) -> np.ndarra
 
 def ints(value: torch.Tensor | None) -> list[int]:
     """Return a tensor of integers, such as a shape, as a list; empty for None."""
-    return [] if value is None else [int(i) for i in value.reshape(-1).tolist()]
+    return [] if value is None else [int(i) for i in value.reshape(-1).cpu().tolist()]
 
 
 def normal_axis(axis: int, rank: int) -> int:

@@ -118,6 +118,11 @@ def training_options(function: F) -> F:
             help="Keep the state after each epoch here, and go on from it.",
         ),
         threads_option(),
+        click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda"]),
+            help="What torch computes on; ONNX Runtime, which judges, stays on the processor.",
+        ),
         seed_option(),
         json_option(),
         quiet_option(),

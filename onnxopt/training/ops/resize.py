@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onnxopt.training.call import Call, Operator
-from onnxopt.training.values import NoCounterpart, ints, normal_axis
+from onnxopt.training.values import NoCounterpart, ints, normal_axis, on_device
 
 
 def resize(
@@ -27,7 +27,7 @@ def resize(
         factors = [t / x.shape[a] for t, a in zip(targets, axes, strict=True)]
     else:
         assert scales is not None
-        factors = scales.tolist()
+        factors = scales.cpu().tolist()
         targets = [int(np.floor(np.float32(x.shape[a]) * np.float32(f))) for a, f in zip(axes, factors, strict=True)]
     for axis, target, factor in zip(axes, targets, factors, strict=True):
         if target != x.shape[axis] or factor != 1:
@@ -37,7 +37,7 @@ def resize(
 
 def upsample(call: Call, x: Tensor, scales: Tensor | None = None) -> Tensor:
     """Resize as opset 7 to 9 did."""
-    factors = list(call.get("scales")) if scales is None else scales.tolist()
+    factors = list(call.get("scales")) if scales is None else scales.cpu().tolist()
     for axis, factor in enumerate(factors):
         if factor != 1:
             x = _along(call, x, axis, int(np.floor(x.shape[axis] * factor)), factor)
@@ -48,13 +48,13 @@ def _along(call: Call, x: Tensor, axis: int, target: int, factor: float) -> Tens
     places = _coordinates(call, x.shape[axis], target, factor)
     mode = call.get("mode", "nearest")
     if mode == "nearest":
-        return x.index_select(axis, torch.from_numpy(_nearest(call, places, x.shape[axis])))
+        return x.index_select(axis, on_device(_nearest(call, places, x.shape[axis])))
     if mode not in ("linear", "cubic"):
         raise NoCounterpart(f'has the mode "{mode}"')
     if call.get("antialias", 0) and factor < 1:
         raise NoCounterpart("averages against aliasing")
     matrix = _linear(places, x.shape[axis]) if mode == "linear" else _cubic(call, places, x.shape[axis])
-    return torch.tensordot(x, torch.from_numpy(matrix).to(x.dtype), dims=([axis], [1])).movedim(-1, axis)
+    return torch.tensordot(x, on_device(matrix).to(x.dtype), dims=([axis], [1])).movedim(-1, axis)
 
 
 def _coordinates(call: Call, size: int, target: int, factor: float) -> np.ndarray:

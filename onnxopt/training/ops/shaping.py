@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from onnxopt.training.call import Call, Operator
-from onnxopt.training.values import NoCounterpart, ints, normal_axis, tensor_to_torch, to_torch, torch_dtype
+from onnxopt.training.values import NoCounterpart, ints, normal_axis, on_device, tensor_to_torch, to_torch, torch_dtype
 
 
 def reshape(call: Call, x: Tensor, shape: Tensor | None = None) -> Tensor:
@@ -123,7 +123,7 @@ def pad(
     for axis, first, last in zip(along, before, after, strict=True):
         size = x.shape[axis]
         places = np.arange(-first, size + last)
-        x = x.index_select(axis, torch.from_numpy(_beyond(places, size, mode)))
+        x = x.index_select(axis, on_device(_beyond(places, size, mode)))
     return x
 
 
