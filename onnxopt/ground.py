@@ -202,13 +202,14 @@ class Bench:
         """Whether there are inputs to run models on."""
         return bool(self._feeds)
 
-    def measure(self, candidate: ir.Model, progress: Progress) -> Measurement:
-        """Time a candidate against the original."""
+    def measure(self, candidate: ir.Model, progress: Progress, seconds: float = 10.0) -> Measurement:
+        """Time a candidate against the original, for about so many seconds."""
         return measure_models(
             self.reference,
             candidate,
             feed=self.typical,
             options=self.options,
+            budget_seconds=seconds,
             seed=self._seed,
             progress=progress,
         )

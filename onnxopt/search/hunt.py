@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -12,7 +12,7 @@ from onnxopt.report.environment import environment
 from onnxopt.search import lab, state
 from onnxopt.search.arithmetic import overflows_here
 from onnxopt.search.candidates import Proposal, propose, take_inventory
-from onnxopt.search.decision import MOST_EFFORT, Limits, Speed
+from onnxopt.search.decision import MOST_EFFORT, SAME_SPEED, Limits, Speed
 from onnxopt.search.progress import Labelled
 from onnxopt.search.pruner import Pruner
 from onnxopt.search.run import Entry, Found, Search
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from onnxopt.measure import Measurement
     from onnxopt.pipeline import Pipeline
     from onnxopt.report.data import SearchReport
+
+
+CONFIRMING_SECONDS = (10.0, 20.0, 40.0)
+"""Time for measuring a winner anew, and again."""
 
 
 def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
@@ -85,6 +89,20 @@ def _judging(ground: Ground) -> Data | list[Feed]:
     return ground.samples if ground.samples is not None else ground.bench.generated
 
 
+def conclusive(measure: Callable[[float], Measurement]) -> Measurement:
+    """Measure a winner for longer and longer while it looks slower, or its interval says nothing.
+
+    Args:
+        measure: Measures it for about so many seconds.
+    """
+    for seconds in CONFIRMING_SECONDS[:-1]:
+        found = measure(seconds)
+        narrow = found.high - found.low <= SAME_SPEED * found.ratio
+        if found.verdict == "faster" or (found.verdict != "slower" and narrow):
+            return found
+    return measure(CONFIRMING_SECONDS[-1])
+
+
 class Hunt:
     """One search on prepared ground."""
 
@@ -115,9 +133,9 @@ class Hunt:
 
         def timed(entry: Entry) -> Speed:
             self._progress.label = ""
-            measurement = self._timed(self._lab.build(entry.proposal, entry.spared).model)
-            measured[entry.record.name] = measurement
-            return self._speed(measurement)
+            model = self._lab.build(entry.proposal, entry.spared).model
+            measured[entry.record.name] = conclusive(lambda s: self._ground.bench.measure(model, self._progress, s))
+            return self._speed(measured[entry.record.name])
 
         found = search.confirm(search.run(proposals(self._ground.reference, settings), keep), timed)
         winner = found.winner
@@ -126,11 +144,6 @@ class Hunt:
         outcome = self._lab.build(winner.proposal, winner.spared)
         passes = outcome.passes if winner.proposal.first else (*self._base.passes, *outcome.passes)
         return found, manager.Outcome(outcome.model, passes, self._base.denials), measured[winner.record.name]
-
-    def _timed(self, model: ir.Model) -> Measurement:
-        """Time a winner anew; what looks slower is timed twice."""
-        measurement = self._ground.bench.measure(model, self._progress)
-        return measurement if measurement.verdict != "slower" else self._ground.bench.measure(model, self._progress)
 
     def report(self, found: Found) -> SearchReport:
         """Return the report of the search."""
