@@ -14,7 +14,7 @@ LAYERS = [
     {"contract"},
     {"textfile", "graph", "registry", "numeric", "probe", "proto"},
     {"rewrite", "instantiate", "analysis", "pipeline"},
-    {"coupling", "repair", "qdq"},
+    {"coupling", "repair", "integers"},
     {"allocation"},
     {"passes", "session", "runtime"},
     {"model", "external", "opset", "fix_shape", "unite", "inputs", "feeds"},
@@ -41,7 +41,7 @@ PASSES_MAY = {
     "coupling",
     "repair",
     "allocation",
-    "qdq",
+    "integers",
 }
 
 

@@ -104,6 +104,12 @@ class Product:
         return f"{dtype_name(self.tensor.dtype)} {self.rows} x {self.columns}"
 
     @property
+    def result(self) -> ir.Value:
+        """What the product with its bias computes, or the product alone where more is added at once."""
+        adder = None if self.bias is None else self.bias.adder
+        return adder.outputs[0] if adder is not None and len(adder.inputs) == 2 else self.node.outputs[0]
+
+    @property
     def in_attention(self) -> bool:
         """Whether the node goes on to compute attention from the product."""
         return self.node.op_type == "Attention"
@@ -140,20 +146,18 @@ def product(node: ir.Node, scope: Scope, shapes: Shapes) -> Product | NoProduct 
     if len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
         return None
     x, operand = node.inputs[0], node.inputs[1]
-    if is_op(node, "MatMul") and _root(operand) is None and _root(x) is not None:
+    if is_op(node, "MatMul") and root(operand) is None and root(x) is not None:
         return NoProduct(scope, node, "the constant is on the left, where rows would need a scale each")
-    root = _root(operand)
-    if root is None:
+    origin = root(operand)
+    if origin is None:
         return None
-    value, transposed, views = root
-    tensor = constant_tensor(value)
+    tensor = constant_tensor(origin.value)
     if tensor is None:
         return NoProduct(scope, node, "the caller can override its weight, which is also an input of the graph")
     reason = _unfit(node, x, tensor, shapes)
     if reason:
         return NoProduct(scope, node, reason)
-    if attribute(node, "transB", 0):
-        transposed = not transposed
+    transposed = origin.transposed ^ bool(attribute(node, "transB", 0))
     alpha = 1.0 if node.op_type == "Attention" else float(attribute(node, "alpha", 1.0))
     if not math.isfinite(alpha):
         return NoProduct(scope, node, "its factor alpha is not finite")
@@ -161,33 +165,47 @@ def product(node: ir.Node, scope: Scope, shapes: Shapes) -> Product | NoProduct 
     bias = _bias(node, columns, shapes)
     if isinstance(bias, str):
         return NoProduct(scope, node, bias)
-    return Product(scope, node, x, value, tensor, transposed, views, alpha, bias)
+    return Product(scope, node, x, origin.value, tensor, transposed, origin.views, alpha, bias)
 
 
-def _root(value: ir.Value) -> tuple[ir.Value, bool, tuple[ir.Node, ...]] | None:
-    """Return the matrix behind Transpose and Identity nodes, whether it is transposed, and these nodes."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Root:
+    """The stored floating-point tensor that a value is a view of.
+
+    Attributes:
+        value: An initializer, which the caller may be able to override, or the output of a Constant node.
+        tensor: Its data.
+        transposed: Whether the value is its transpose.
+        views: The Transpose and Identity nodes in between, from the value backwards.
+    """
+
+    value: ir.Value
+    tensor: ir.TensorProtocol
+    transposed: bool
+    views: tuple[ir.Node, ...]
+
+
+def root(value: ir.Value) -> Root | None:
+    """Return the tensor behind a value and nodes that only show it in another way, or None."""
     transposed = False
     views: list[ir.Node] = []
     while True:
-        if value.is_initializer():
-            return (value, transposed, tuple(views)) if _is_float(value.const_value) else None
+        tensor = value.const_value if value.is_initializer() else constant_tensor(value)
+        if tensor is not None:
+            return Root(value, tensor, transposed, tuple(views)) if tensor.dtype in FLOATS else None
         node = value.producer()
-        if node is None:
+        if node is None or not is_view(node) or node.inputs[0] is None:
             return None
-        if is_op(node, "Constant"):
-            return (value, transposed, tuple(views)) if _is_float(constant_tensor(value)) else None
-        if not is_op(node, "Transpose", "Identity") or has_references(node) or node.inputs[0] is None:
-            return None
-        if is_op(node, "Transpose"):
-            if tuple(attribute(node, "perm", (1, 0))) != (1, 0):
-                return None
-            transposed = not transposed
+        transposed ^= is_op(node, "Transpose")
         views.append(node)
         value = node.inputs[0]
 
 
-def _is_float(tensor: ir.TensorProtocol | None) -> bool:
-    return tensor is not None and tensor.dtype in FLOATS
+def is_view(node: ir.Node) -> bool:
+    """Whether a node only shows a matrix in another way: Identity, or Transpose of two axes."""
+    if has_references(node):
+        return False
+    return is_op(node, "Identity") or (is_op(node, "Transpose") and tuple(attribute(node, "perm", (1, 0))) == (1, 0))
 
 
 def _unfit(node: ir.Node, x: ir.Value, tensor: ir.TensorProtocol, shapes: Shapes) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +20,6 @@ from onnxopt.graph import (
     attribute,
     constant_tensor,
     first_output,
-    has_references,
     insert_before,
     is_op,
     make_node,
@@ -28,6 +27,7 @@ from onnxopt.graph import (
     replace_value,
     scopes,
 )
+from onnxopt.integers import recurrent
 from onnxopt.numeric import grids
 from onnxopt.numeric.blocks import along
 from onnxopt.rewrite import Builder
@@ -37,8 +37,6 @@ NEEDED_OPSET = 11
 LEVELS = {8: 127, 7: 64}
 """The largest integer for a number of bits. Pairs of products 255 * 64 still fit into the 16 bits in which processors
 without VNNI add them up."""
-RECURRENT = ("LSTM", "GRU", "RNN")
-_LSTM_INPUTS = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +100,7 @@ class QuantizeDynamic(GraphPass):
             yield Edit(site, summary, functools.partial(_apply, item, store, names, emit))
         for scope in list(scopes(model)):
             for node in list(scope.graph):
-                if is_op(node, *RECURRENT):
+                if is_op(node, *recurrent.RECURRENT):
                     yield self._recurrent(node, scope, names, ctx)
 
     def caveat(self) -> str:
@@ -129,7 +127,7 @@ class QuantizeDynamic(GraphPass):
 
     def _recurrent(self, node: ir.Node, scope: Scope, names: Names, ctx: Context) -> Edit | Refusal:
         site = Site(self.name, scope.path, first_output(node))
-        reason = _recurrent_reason(node, ctx)
+        reason = recurrent.unfit(node, ctx.target)
         if reason is not None:
             return Refusal(site, reason)
         weights = [t for v in node.inputs[1:3] if (t := constant_tensor(v)) is not None]
@@ -139,7 +137,7 @@ class QuantizeDynamic(GraphPass):
         if not all(np.isfinite(grids.value_range(t.numpy())).all() for t in weights):
             return Refusal(site, "its weight holds NaN or infinity")
         summary = f"LSTM weights of {total:,} elements to int8 per channel"
-        return Edit(site, summary, functools.partial(_lstm, node, scope, names, LEVELS[self.bits]))
+        return Edit(site, summary, functools.partial(recurrent.write_lstm, node, scope, names, LEVELS[self.bits]))
 
 
 # One copy of every weight ------------------------------------------------------------------------------------
@@ -267,8 +265,7 @@ def _apply(item: Product, store: _Store, names: Names, emit: _Emit) -> None:
     copy = store.copy(item)
     bias = item.bias
     adder = bias.adder if bias is not None else None
-    whole = adder is not None and len(adder.inputs) == 2
-    result = adder.outputs[0] if adder is not None and whole else item.node.outputs[0]
+    result = item.result
     producer = result.producer()
     assert producer is not None, "a node computes it"
     builder = Builder(item.scope, names, producer, result.name or item.node.op_type)
@@ -279,7 +276,7 @@ def _apply(item: Product, store: _Store, names: Names, emit: _Emit) -> None:
     made = emit(builder, item.x, copy.matrix, scales, vector)
     if item.in_attention:
         made = _attention(item, builder, made)
-    if adder is not None and not whole:
+    if adder is not None and producer is not adder:
         _drop_term(adder, item, names)
     replace_value(result, made)
     remove_unused(producer)
@@ -351,59 +348,3 @@ def _attention(item: Product, builder: Builder, product: ir.Value) -> ir.Value:
     mask = node.inputs[_ATTENTION_BIAS] if len(node.inputs) > _ATTENTION_BIAS else None
     inputs = [query, key, value, *([None, None, mask] if mask is not None else [])]
     return builder.op("MultiHeadAttention", inputs, attributes, domain=CONTRIB)
-
-
-# LSTM --------------------------------------------------------------------------------------------------------
-
-
-def _recurrent_reason(node: ir.Node, ctx: Context) -> str | None:
-    if not is_op(node, "LSTM"):
-        return f"ONNX Runtime has no {node.op_type} for integer weights"
-    if ctx.target != "cpu":
-        return "the standard has no LSTM for integer weights; DynamicQuantizeLSTM is for the target cpu"
-    if has_references(node):
-        return "an attribute refers to the function's caller"
-    if attribute(node, "layout", 0):
-        return "DynamicQuantizeLSTM has its batch on the second axis alone"
-    for value in node.inputs[1:3]:
-        tensor = constant_tensor(value)
-        if tensor is None:
-            return "its weights are not constant"
-        if tensor.dtype != ir.DataType.FLOAT:
-            return f"its weight is {dtype_name(tensor.dtype)}, and the operator computes with float32 alone"
-        if len(tensor.shape) != 3:
-            return "its weight has not three axes"
-    return None
-
-
-def _lstm(node: ir.Node, scope: Scope, names: Names, levels: int) -> None:
-    """Write an LSTM as DynamicQuantizeLSTM, whose weights are transposed."""
-    builder = Builder(scope, names, node, first_output(node))
-    inputs: list[ir.Value | None] = [*node.inputs, *[None] * (_LSTM_INPUTS - len(node.inputs))]
-    for index, name in ((1, "W"), (2, "R")):
-        tensor = constant_tensor(inputs[index])
-        assert tensor is not None, "checked before"
-        integers, scale = _gates(tensor.numpy(), levels)
-        inputs[index] = builder.constant(f"{name}_int8", integers)
-        zero_point = builder.constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
-        inputs += [builder.constant(f"{name}_scale", scale), zero_point]
-    attributes: dict[str, Any] = {name: attribute(node, name) for name in node.attributes if name != "layout"}
-    new = builder.op("DynamicQuantizeLSTM", inputs, attributes, domain=CONTRIB, outputs=len(node.outputs)).producer()
-    assert new is not None, "the builder made it"
-    for old, made in zip(node.outputs, new.outputs, strict=True):
-        if old.name:
-            replace_value(old, made)
-        else:
-            made.name = ""
-    remove_unused(node)
-
-
-def _gates(array: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Quantize directions x gates x inputs; return directions x inputs x gates, and directions x gates of scales."""
-    per_direction = []
-    for each in array:
-        low, high = grids.value_range(each, 0)
-        grid = _grid(low, high, 0, levels)
-        per_direction.append((grids.quantize(each, grid).T, grid.scale))
-    integers, scales = zip(*per_direction, strict=True)
-    return np.ascontiguousarray(np.stack(integers)), np.stack(scales)

@@ -10,7 +10,9 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.matrices import Matrix, Product, grams, matrices, portions
+from onnxopt.analysis.matrices import Matrix, grams, matrices, portions
+from onnxopt.analysis.products import Product
+from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.weights import dtype_name
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
@@ -22,6 +24,7 @@ from onnxopt.graph import (
     first_output,
     remove_unused,
     replace_value,
+    use_count,
 )
 from onnxopt.numeric import gptq, nbits
 from onnxopt.numeric.gram import Gram
@@ -126,8 +129,7 @@ class QuantizeMatMul(GraphPass):
         return Spec(self.bits, self.block, self.symmetric, clip, scale_dtype=dtype.numpy())
 
     def _site(self, matrix: Matrix) -> Site:
-        product = matrix.products[0]
-        return Site(self.name, product.scope.path, first_output(product.node))
+        return Site(self.name, matrix.user.scope.path, first_output(matrix.user.node))
 
     def _reason(self, matrix: Matrix, ctx: Context) -> str:
         """Return why the matrix must stay as it is, or nothing."""
@@ -138,15 +140,17 @@ class QuantizeMatMul(GraphPass):
             return matrix.locked
         if dtype not in types:
             return f"MatMulNBits of {dtype_name(dtype)} is not used for target {ctx.target}"
+        if matrix.unread:
+            return matrix.unread[0].reason
         for product in matrix.products:
-            if product.refusal:
-                return product.refusal
+            if reason := _unfit(product, ctx.shapes):
+                return reason
         if matrix.others:
             return "another node uses the weight in a way that needs floating-point numbers"
         return self._shape_reason(matrix, ctx) or _content_reason(matrix)
 
     def _shape_reason(self, matrix: Matrix, ctx: Context) -> str:
-        outputs, inputs = matrix.sizes(matrix.products[0])
+        outputs, inputs = matrix.outputs, matrix.inputs
         if len({p.transposed for p in matrix.products}) > 1:
             return "the weight is multiplied with both ways round"
         if inputs < LEAST_INPUTS or outputs < LEAST_OUTPUTS:
@@ -158,7 +162,7 @@ class QuantizeMatMul(GraphPass):
         return ""
 
     def _summary(self, matrix: Matrix, gram: Gram | None) -> str:
-        outputs, inputs = matrix.sizes(matrix.products[0])
+        outputs, inputs = matrix.outputs, matrix.inputs
         method = "mse" if self.method == "gptq" and gram is None else self.method
         shared = ", shared with a lookup" if matrix.lookups else ""
         return (
@@ -167,10 +171,26 @@ class QuantizeMatMul(GraphPass):
         )
 
     def _stored_bytes(self, matrix: Matrix) -> int:
-        outputs, inputs = matrix.sizes(matrix.products[0])
+        outputs, inputs = matrix.outputs, matrix.inputs
         blocks = -(-inputs // self.block)
         offsets = 0 if self.symmetric else -(-blocks * self.bits // 8)
         return int(outputs * (blocks * (self.block * self.bits // 8 + matrix.tensor.dtype.itemsize) + offsets))
+
+
+def _unfit(product: Product, shapes: Shapes) -> str:
+    """Return why MatMulNBits cannot take over a product, or nothing."""
+    if shapes.rank(product.x) is None:
+        return "the number of axes of the input is not known"
+    if product.alpha != 1.0:
+        return f"the {product.node.op_type} scales its result"
+    return _attention_reason(product.node) if product.in_attention else ""
+
+
+def _attention_reason(node: ir.Node) -> str:
+    used = [v for v in node.outputs[1:] if use_count(v) or v.is_graph_output()]
+    if used or any(v is not None for v in (*node.inputs[4:5], *node.inputs[6:])):
+        return "the Attention keeps past keys and values"
+    return "the Attention rotates its queries and keys" if attribute(node, "do_rotary", 0) else ""
 
 
 def _content_reason(matrix: Matrix) -> str:
@@ -217,7 +237,7 @@ def _replace(node: ir.Node, old: ir.Value, new: ir.Value) -> None:
 
 
 def _pack(options: QuantizeMatMul, matrix: Matrix, gram: Gram | None, builder: Builder) -> _Packed:
-    outputs, inputs = matrix.sizes(matrix.products[0])
+    outputs, inputs = matrix.outputs, matrix.inputs
     weight = matrix.tensor.numpy()
     codes, grid = _quantize(weight if matrix.products[0].transposed else weight.T, options, gram, matrix.tensor.dtype)
     data = nbits.pack(codes, options.bits)
@@ -270,11 +290,15 @@ def _multiply(options: QuantizeMatMul, packed: _Packed, product: Product, target
 
 
 def _bias(product: Product, builder: Builder) -> ir.Value | None:
-    """Return the bias as a vector."""
-    array = constant_array(product.bias)
-    if array is None or array.ndim == 1:
-        return product.bias
-    return builder.constant("bias", array.reshape(-1))
+    """Return the bias as a vector, or None without one and where a Sum adds it together with more."""
+    bias = product.bias
+    if bias is None or (bias.adder is not None and len(bias.adder.inputs) != 2):
+        return None
+    vector = bias.array(product.columns)
+    stored = constant_array(bias.value)
+    if bias.factor == 1.0 and stored is not None and stored.shape == vector.shape:
+        return bias.value
+    return builder.constant("bias", np.ascontiguousarray(vector))
 
 
 def _attend(projected: ir.Value, product: Product, channels: int, builder: Builder) -> ir.Value:

@@ -42,11 +42,11 @@ from onnxopt.graph import (
     replace_value,
     scopes,
 )
+from onnxopt.integers.pairs import Pairs
 from onnxopt.numeric import grids
 from onnxopt.numeric.grids import Array, Grid
 from onnxopt.numeric.histogram import Histogram, value_range
 from onnxopt.numeric.means import ChannelMeans, mean_response
-from onnxopt.qdq import Pairs
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 LEVELS = {8: 127, 7: 64}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -14,22 +14,13 @@ from onnxopt.analysis.matrices import Matrix, grams, matrices, portions
 from onnxopt.analysis.weights import Weight, dtype_name, weights
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.graph import (
-    Names,
-    add_constant,
-    constant_tensor,
-    drop_unused_initializers,
-    insert_before,
-    is_op,
-    make_node,
-    remove_node,
-)
+from onnxopt.graph import Names, constant_tensor, is_op
+from onnxopt.integers import restore
+from onnxopt.integers.restore import Codes
 from onnxopt.numeric import gptq, grids, nbits
-from onnxopt.numeric.blocks import along
 from onnxopt.numeric.gram import Gram
-from onnxopt.numeric.grids import Array
 from onnxopt.numeric.layouts import Layout
-from onnxopt.numeric.nbits import BlockGrid, Spec
+from onnxopt.numeric.nbits import Spec
 
 OPSETS = {8: 1, 4: 21, 2: 25}
 """Integers of so many bits exist from this opset on."""
@@ -123,7 +114,7 @@ class QuantizeWeights(GraphPass):
         """Yield one edit per weight; only its range is computed before."""
         names = Names(model)
         learning = ctx.calibration if self.method == "gptq" else None
-        products = {m.value: m for m in matrices(model, ctx.shapes)} if learning else {}
+        learnable = {m.value: m for m in matrices(model, ctx.shapes) if m.products} if learning else {}
         portion: list[tuple[Weight, Site]] = []
         for weight in weights(model):
             if weight.tensor.size < self.min_elements or _is_vector(weight) or _is_parameter(weight):
@@ -140,7 +131,7 @@ class QuantizeWeights(GraphPass):
             yield from (self._in_blocks(weight, site, None, None, names) for weight, site in portion)
             return
         sites = {weight.value: (weight, site) for weight, site in portion}
-        learnt = [m for v, m in products.items() if v in sites and not m.products[0].refusal]
+        learnt = [m for v, m in learnable.items() if v in sites]
         for group in portions(learnt):
             seen = grams(group, model, learning)
             for matrix in group:
@@ -242,17 +233,14 @@ class QuantizeWeights(GraphPass):
         return int(-(-size * self.bits // 8) + count * wide + offsets)
 
     def _apply(self, weight: Weight, grid: grids.Grid, names: Names) -> None:
-        restore = _dequantize if self.form == "dequantize" else _fold
-        first = _first(weight)
-        _put(weight, first, restore(weight, grid, names, functools.partial(_add, weight, names, first)))
+        make = restore.dequantized if self.form == "dequantize" else restore.folded
+        restore.put(weight, names, functools.partial(make, grid))
 
     def _apply_blocks(self, weight: Weight, layout: Layout, gram: Gram | None, names: Names) -> None:
-        first = _first(weight)
-        quantized = self._quantize(weight, layout, gram)
-        restore = _dequantize_blocks if self.form == "dequantize" else _fold_blocks
-        _put(weight, first, restore(quantized, names, functools.partial(_add, weight, names, first)))
+        make = restore.dequantized_blocks if self.form == "dequantize" else restore.folded_blocks
+        restore.put(weight, names, functools.partial(make, self._quantize(weight, layout, gram)))
 
-    def _quantize(self, weight: Weight, layout: Layout, gram: Gram | None) -> _Quantized:
+    def _quantize(self, weight: Weight, layout: Layout, gram: Gram | None) -> Codes:
         fold, array = self.form == "fold", weight.tensor.numpy()
         spec = Spec(
             self.bits,
@@ -270,58 +258,7 @@ class QuantizeWeights(GraphPass):
         else:
             grid = nbits.fit(rows, spec)
             codes = nbits.encode(rows, grid)
-        return _Quantized(weight, layout, layout.restore(codes), grid, self._dtype)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Quantized:
-    """A weight in codes.
-
-    Attributes:
-        weight: The weight.
-        layout: Which elements share a scale.
-        codes: Of the weight's shape, from 0 on.
-        grid: What they stand for.
-        dtype: The type to store the codes in; a signed one counts from the middle.
-    """
-
-    weight: Weight
-    layout: Layout
-    codes: Array
-    grid: BlockGrid
-    dtype: ir.DataType
-
-    @property
-    def signed(self) -> bool:
-        return self.dtype.name.startswith("INT")
-
-    def integers(self, codes: Array) -> Array:
-        """Return codes in the type that is stored."""
-        middle = 1 << (self.grid.bits - 1)
-        shifted = codes.astype(np.int16) - middle if self.signed else codes
-        return np.ascontiguousarray(shifted.astype(self.dtype.numpy()))
-
-
-def _first(weight: Weight) -> ir.Node:
-    """Return the node that nodes which restore a weight are put in front of."""
-    constant = weight.value.producer()
-    return constant if constant is not None else next(iter(weight.scope.graph))
-
-
-def _put(weight: Weight, first: ir.Node, nodes: Sequence[ir.Node]) -> None:
-    """Let nodes restore a weight, and remove it."""
-    value = weight.value
-    for node in nodes:
-        insert_before(first, node)
-    restored = nodes[-1].outputs[0]
-    restored.doc_string = value.doc_string
-    restored.metadata_props.update(value.metadata_props)
-    value.replace_all_uses_with(restored)
-    constant = value.producer()
-    if constant is not None:
-        remove_node(constant)
-    else:
-        drop_unused_initializers(weight.scope.graph, [value])
+        return Codes(layout, layout.restore(codes), grid, self._dtype)
 
 
 def _is_parameter(weight: Weight) -> bool:
@@ -343,93 +280,6 @@ def _dequantizes(node: ir.Node) -> bool:
 def _is_vector(weight: Weight) -> bool:
     """Whether it only has the rank of a weight, as biases and scales that are broadcast do."""
     return not weight.roles and sum(size > 1 for size in weight.tensor.shape.numpy()) < 2
-
-
-Add = Callable[[str, Array], ir.Value]
-"""Adds a constant to the weight's graph, its name made of the weight's and an ending."""
-
-
-def _add(weight: Weight, names: Names, first: ir.Node, ending: str, array: Array) -> ir.Value:
-    return add_constant(weight.scope, names, f"{weight.value.name}_{ending}", array, first)
-
-
-def _fold(weight: Weight, grid: grids.Grid, names: Names, add: Add) -> list[ir.Node]:
-    """Make the nodes that restore a weight with operators that ONNX Runtime folds when it loads the model.
-
-    They compute in float32 for the narrower types: the CPU has no float16 Mul, so that one would not be folded.
-    """
-    rank, dtype = len(weight.tensor.shape), weight.tensor.dtype
-    working = ir.DataType.from_numpy(grid.scale.dtype)
-    integers = add(grid.dtype.name, grids.quantize(weight.tensor.numpy(), grid))
-    nodes = [_node(weight, names, "Cast", [integers], working, {"to": working.value})]
-    if grid.dtype == np.uint8:
-        offset = grid.zero_point.astype(grid.scale.dtype)
-        zero_point = add("zero_point", along(offset, grid.axis, rank))
-        nodes.append(_node(weight, names, "Sub", [nodes[-1].outputs[0], zero_point], working))
-    scale = add("scale", along(grid.scale, grid.axis, rank))
-    nodes.append(_node(weight, names, "Mul", [nodes[-1].outputs[0], scale], working))
-    if working != dtype:
-        nodes.append(_node(weight, names, "Cast", [nodes[-1].outputs[0]], dtype, {"to": dtype.value}))
-    return nodes
-
-
-def _dequantize(weight: Weight, grid: grids.Grid, names: Names, add: Add) -> list[ir.Node]:
-    inputs = [add(grid.dtype.name, grids.quantize(weight.tensor.numpy(), grid)), add("scale", grid.scale)]
-    if grid.dtype == np.uint8:
-        inputs.append(add("zero_point", grid.zero_point))
-    axis = {} if grid.axis is None else {"axis": grid.axis}
-    return [_node(weight, names, "DequantizeLinear", inputs, weight.tensor.dtype, axis)]
-
-
-def _fold_blocks(quantized: _Quantized, names: Names, add: Add) -> list[ir.Node]:
-    """Like `_fold`, with a Reshape before and behind where scales belong to blocks."""
-    weight, layout = quantized.weight, quantized.layout
-    working, dtype = ir.DataType.FLOAT, weight.tensor.dtype
-    stored = add(quantized.dtype.name.lower(), quantized.integers(quantized.codes))
-    nodes = [_node(weight, names, "Cast", [stored], working, {"to": working.value})]
-
-    def append(op_type: str, ending: str, array: Array, split: bool) -> None:
-        nodes.append(_node(weight, names, op_type, [nodes[-1].outputs[0], add(ending, array)], working))
-        if split and layout.block:
-            nodes[-1].outputs[0].shape = None
-
-    if layout.block:
-        append("Reshape", "blocks", np.array(layout.split, np.int64), True)
-    if not quantized.signed:
-        append("Sub", "zero_point", layout.broadcast(quantized.grid.zero_point).astype(np.float32), True)
-    append("Mul", "scale", layout.broadcast(quantized.grid.scale), True)
-    if layout.block:
-        append("Reshape", "shape", np.array(layout.shape, np.int64), False)
-    if working != dtype:
-        nodes.append(_node(weight, names, "Cast", [nodes[-1].outputs[0]], dtype, {"to": dtype.value}))
-    return nodes
-
-
-def _dequantize_blocks(quantized: _Quantized, names: Names, add: Add) -> list[ir.Node]:
-    weight, layout = quantized.weight, quantized.layout
-    stored = add(quantized.dtype.name.lower(), quantized.integers(quantized.codes))
-    inputs = [stored, add("scale", np.ascontiguousarray(layout.shared(quantized.grid.scale)))]
-    if not quantized.signed:
-        inputs.append(add("zero_point", quantized.integers(layout.shared(quantized.grid.zero_point))))
-    attributes = {} if layout.axis is None else {"axis": layout.axis}
-    if layout.block:
-        attributes["block_size"] = layout.block
-    return [_node(weight, names, "DequantizeLinear", inputs, weight.tensor.dtype, attributes)]
-
-
-def _node(
-    weight: Weight,
-    names: Names,
-    op_type: str,
-    inputs: Sequence[ir.Value],
-    dtype: ir.DataType,
-    attributes: Mapping[str, int] | None = None,
-) -> ir.Node:
-    """Make a node whose output has the weight's shape."""
-    node = make_node(names, op_type, list(inputs), attributes, like=weight.value)
-    node.outputs[0].type = ir.TensorType(dtype)
-    node.outputs[0].shape = ir.Shape(weight.tensor.shape.numpy())
-    return node
 
 
 def _stored_bytes(grid: grids.Grid, elements: int, form: str) -> int:

@@ -1,0 +1,1 @@
+"""How numbers that are stored or computed as integers are written in a graph."""
