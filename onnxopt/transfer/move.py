@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -39,7 +39,13 @@ class Moved:
     unshared: int
 
 
-def move(source: Skeleton, target: ir.Model, pairs: Sequence[Pair], chosen: Collection[int]) -> Moved:
+def move(
+    source: Skeleton,
+    target: ir.Model,
+    pairs: Sequence[Pair],
+    chosen: Collection[int],
+    limits: Mapping[str, float] | None = None,
+) -> Moved:
     """Write the source's parameters into a model.
 
     Args:
@@ -47,13 +53,21 @@ def move(source: Skeleton, target: ir.Model, pairs: Sequence[Pair], chosen: Coll
         target: The model they go to; it is changed.
         pairs: All matches, by the indexes of a skeleton of `target`.
         chosen: Indexes of the target's layers that take part; the others keep what they compute with.
+        limits: As `in_real_numbers` takes them, of the target.
     """
-    return _Move(source, target, pairs, chosen).run()
+    return _Move(source, target, pairs, chosen, dict(limits or {})).run()
 
 
 class _Move:
-    def __init__(self, source: Skeleton, target: ir.Model, pairs: Sequence[Pair], chosen: Collection[int]) -> None:
-        self._source, self._target = source, target
+    def __init__(
+        self,
+        source: Skeleton,
+        target: ir.Model,
+        pairs: Sequence[Pair],
+        chosen: Collection[int],
+        limits: dict[str, float],
+    ) -> None:
+        self._source, self._target, self._limits = source, target, limits
         self._matches = [(p.source.index, p.target.index, p.confidence) for p in pairs]
         self._chosen = set(chosen)
         self._failed: dict[int, str] = {}
@@ -66,7 +80,7 @@ class _Move:
         """Write, mend what stands in the way, and write again."""
         self._add_biases()
         while True:
-            viewer = Viewer(self._target)
+            viewer = Viewer(self._target, self._limits)
             skeleton = viewer.view()
             store, contradicted = self._write(skeleton)
             if not contradicted:
@@ -90,7 +104,7 @@ class _Move:
         return [p for p in self._pairs(skeleton) if p.target.index in self._chosen - self._failed.keys()]
 
     def _add_biases(self) -> None:
-        skeleton = Viewer(self._target).view()
+        skeleton = Viewer(self._target, self._limits).view()
         ratios = Ratios(self._source, skeleton, self._pairs(skeleton))
         editor = Editor(skeleton.real)
         for pair in self._active(skeleton):

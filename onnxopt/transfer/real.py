@@ -21,12 +21,14 @@ class Grid:
     """Where activations are rounded.
 
     Attributes:
+        name: Of the integers.
         value: What is rounded, in the real model.
         scale: Of the integers, in the model itself.
         zero: Their zero point, there; None for 0.
         clips: Whether the lowest level, 0, stands in for an activation that was left out.
     """
 
+    name: str
     value: ir.Value
     scale: ir.Value
     zero: ir.Value | None
@@ -58,6 +60,7 @@ class Real:
         tensors: Value of the real model -> how it comes from stored tensors, where integers were restored here.
         grids: Where activations are rounded.
         sums: Scales of biases that follow from others.
+        limits: Of activations that grids take the place of, by the name of their integers.
     """
 
     original: ir.Model
@@ -67,6 +70,7 @@ class Real:
     tensors: dict[ir.Value, Tensor] = dataclasses.field(default_factory=dict)
     grids: list[Grid] = dataclasses.field(default_factory=list)
     sums: list[Sums] = dataclasses.field(default_factory=list)
+    limits: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def value(self, value: ir.Value) -> ir.Value:
         """Return the model's value of a value of the real model.

@@ -137,6 +137,22 @@ def head_layers(skeleton: Skeleton) -> set[int]:
     return {i for i in ends if skeleton.groups[i].kind == "linear"}
 
 
+def limits_by(skeleton: Skeleton, other: Skeleton, counterparts: Mapping[int, int]) -> dict[str, float]:
+    """Return where grids of a model end that take the place of a Clip, which the other model has there.
+
+    Args:
+        skeleton: The model.
+        other: The other model.
+        counterparts: Index of a layer -> that of its counterpart in the other model.
+    """
+    found = {}
+    for name, place in skeleton.grids.items():
+        limit = other.clips.get(frozenset((counterparts.get(index, -1), label) for index, label in place))
+        if limit is not None:
+            found[name] = limit
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class _Attempt:
     """A target with parameters of the source, and what comparing it showed; None when nothing was compared."""
@@ -155,8 +171,19 @@ class _Run:
         choice.require_used(self._target)
         self._choice, self._trial, self._progress = choice, trial, progress
         self._pairs = match(self._source, self._target)
+        self._settle_activations()
         self._left_out = choice.reasons(self._target)
         self._dropped: set[int] = set()
+
+    def _settle_activations(self) -> None:
+        """Say of grids that take the place of an activation which one, where the other model tells."""
+        source, target = self._source, self._target
+        ours = limits_by(source, target, {p.source.index: p.target.index for p in self._pairs})
+        theirs = limits_by(target, source, {p.target.index: p.source.index for p in self._pairs})
+        if ours or theirs:
+            self._source = Viewer(source.real.original, ours).view()
+            self._target = Viewer(target.real.original, theirs).view()
+            self._pairs = match(self._source, self._target)
 
     def run(self, verify: bool) -> Transfer:
         """Move what is sure, and what is not when outputs confirm it."""
@@ -203,12 +230,13 @@ class _Run:
     def _try(self, chosen: set[int], verify: bool) -> _Attempt:
         self._progress.stage("moving parameters")
         model = copied(self._target.real.original)
-        moved = move(self._source, model, self._pairs, chosen)
+        limits = self._target.real.limits
+        moved = move(self._source, model, self._pairs, chosen, limits)
         if not verify:
             return _Attempt(model, moved, chosen, None)
         self._progress.stage("comparing outputs")
         # What was moved may have been given biases: the values to compare are those of the graph as it is.
-        moved = dataclasses.replace(moved, skeleton=Viewer(model).view())
+        moved = dataclasses.replace(moved, skeleton=Viewer(model, limits).view())
         through = chosen - moved.failed.keys()
         pairs = [
             Pair(p.source, moved.skeleton.groups[p.target.index], p.confidence)

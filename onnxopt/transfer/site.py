@@ -27,6 +27,7 @@ from onnxopt.transfer.signs import is_signed
 from onnxopt.transfer.tensors import Tensor, reshaped
 from onnxopt.transfer.trace import Tracer
 
+CLIP_LIMITS_AS_INPUT = 11
 _LOWEST = {ir.DataType.UINT8: 0, ir.DataType.INT8: -128, ir.DataType.UINT16: 0, ir.DataType.INT16: -(2**15)}
 
 
@@ -180,11 +181,19 @@ class At:
         clips = lowest is not None and bool(np.all((0 if offset is None else offset) == lowest))
         clips = clips and is_signed(value)
         real = conversion.real
-        real.grids.append(Grid(value, real.value(scale), None if zero is None else real.value(zero), clips))
+        real.grids.append(Grid(out.name or "", value, real.value(scale), None if zero is None else real.value(zero), clips))
         if clips:
-            value = self.op("Relu", [value])
+            value = self._activated(value, real.limits.get(out.name or ""))
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), out.shape
         conversion.floats[out], conversion.scales[out] = value, scale
+
+    def _activated(self, value: ir.Value, limit: float | None) -> ir.Value:
+        if limit is None:
+            return self.op("Relu", [value])
+        if self.scope.opset < CLIP_LIMITS_AS_INPUT:
+            return self.op("Clip", [value], {"min": 0.0, "max": limit})
+        ends = [self.builder.constant(n, np.float32(v)) for n, v in (("min", 0.0), ("max", limit))]
+        return self.op("Clip", [value, *ends])
 
     def become(self, old: ir.Value, new: ir.Value) -> None:
         """Put a new value in the place of one of real numbers."""

@@ -22,6 +22,9 @@ from onnxopt.transfer.tensors import Array, Sliced, Store, Tensor
 Operand = tuple[ir.Node, int]
 """Where a parameter enters the graph: a node and the index of its input."""
 
+Place = frozenset[tuple[int, str]]
+"""Where something stands between layers: the ways that lead to it, as (index of a node, label)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
@@ -117,10 +120,14 @@ class Skeleton:
     Attributes:
         real: The model, and its real model, which the groups are of.
         groups: Its groups; inputs and outputs of the model are among them, as kinds "input" and "output".
+        clips: Where Clip(x, 0, limit) stands -> the limit.
+        grids: Name of integers that take the place of an activation -> where that would stand.
     """
 
     real: Real
     groups: list[Group]
+    clips: dict[Place, float] = dataclasses.field(default_factory=dict)
+    grids: dict[str, Place] = dataclasses.field(default_factory=dict)
 
     @property
     def model(self) -> ir.Model:

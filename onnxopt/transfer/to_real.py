@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
 from onnxopt.graph import all_nodes, constant_tensor, copied, is_op, remove_node, scopes
@@ -18,12 +20,18 @@ _PASSING = frozenset(
 """Operators that hand elements on, or the largest of some: they do to integers what they do to what these stand for."""
 
 
-def in_real_numbers(model: ir.Model) -> Real:
-    """Return the real model of a model, which is not changed."""
+def in_real_numbers(model: ir.Model, limits: Mapping[str, float] | None = None) -> Real:
+    """Return the real model of a model.
+
+    Args:
+        model: It is not changed.
+        limits: Where grids that take the place of an activation stand for Clip(x, 0, limit) instead of Relu, by the
+            name of their integers. That a calibration met no larger value does not tell.
+    """
     if not any(map(_is_on_integers, all_nodes(model))):
         return Real(model, model)
     copy = copied(model)
-    real = Real(model, copy, _correspondence(model, copy))
+    real = Real(model, copy, _correspondence(model, copy), limits=dict(limits or {}))
     _convert(real)
     return real
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +12,7 @@ from onnxopt.graph import attribute, bodies, first_output, is_op
 from onnxopt.transfer.layers import Layer, read_layer
 from onnxopt.transfer.members import Chain, follow
 from onnxopt.transfer.parts import PartFinder
-from onnxopt.transfer.skeleton import Edge, Group, Operand, Skeleton, joined
+from onnxopt.transfer.skeleton import Edge, Group, Operand, Place, Skeleton, joined
 from onnxopt.transfer.tensors import Sliced, Tensor, reshaped
 from onnxopt.transfer.to_real import in_real_numbers
 from onnxopt.transfer.trace import Tracer
@@ -47,12 +47,13 @@ _AFTER = "M0"
 class Viewer:
     """Builds the skeleton of one model."""
 
-    def __init__(self, model: ir.Model) -> None:
-        """Prepare to go through the main graph."""
-        self.real = in_real_numbers(model)
+    def __init__(self, model: ir.Model, limits: Mapping[str, float] | None = None) -> None:
+        """Prepare to go through the main graph; for the limits see `in_real_numbers`."""
+        self.real = in_real_numbers(model, limits)
         self.model = self.real.model
         self.tracer = Tracer(Shapes(self.model), self.real.tensors)
         self.groups: list[Group] = []
+        self._clips: dict[Place, float] = {}
         self._ways: dict[ir.Value, Ways] = {}
         self._absorbed: set[Operand] = set()
         self._parts = PartFinder(self.tracer)
@@ -70,7 +71,8 @@ class Viewer:
             group = Group(len(self.groups), "output", ("output", number), value.name or "")
             group.edges = _edges([self._of(value)])
             self.groups.append(group)
-        return Skeleton(self.real, self.groups)
+        grids = {g.name: frozenset(self._of(g.value)) for g in self.real.grids if g.clips}
+        return Skeleton(self.real, self.groups, self._clips, grids)
 
     def _visit(self, graph: ir.Graph) -> None:
         for node in graph:
@@ -119,6 +121,7 @@ class Viewer:
         if is_op(node, "Softmax", "LogSoftmax"):
             return _labelled(ways[0], "S")
         if node.op_type in _NONLINEAR:
+            self._clip(node, ways[0])
             return _labelled(_union(ways), "N")
         if is_op(node, "Mul", "Div"):
             return self._scaled(node, ways)
@@ -147,6 +150,16 @@ class Viewer:
             if self.groups[source].kind in ("linear", "conv") and "S" not in label
         }
         return gains.pop() if len(gains) == 1 else 1.0
+
+    def _clip(self, node: ir.Node, ways: Ways) -> None:
+        """Remember where a Clip from 0 on ends, which quantizers leave out."""
+        if not is_op(node, "Clip"):
+            return
+        ends = [attribute(node, n) for n in ("min", "max")]
+        if len(node.inputs) == 3:
+            ends = [self.tracer.number(v) for v in node.inputs[1:]]
+        if ends[0] == 0 and ends[1] is not None:
+            self._clips[frozenset(ways)] = float(ends[1])
 
     def _scaled(self, node: ir.Node, ways: list[Ways]) -> Ways:
         numbers = [self.tracer.number(v) for v in node.inputs[:2]]
@@ -217,6 +230,9 @@ class Viewer:
             own = {(group.index, ""): layer.gain}
         if layer.adds is not None:
             own = _union([own, self._of(node.inputs[layer.adds])])
+        limits = attribute(node, "activation_params", ())
+        if attribute(node, "activation", "") == "Clip" and len(limits) == 2 and limits[0] == 0:
+            self._clips[frozenset(own)] = float(limits[1])
         for output in node.outputs[:1]:
             self._ways[output] = _labelled(own, "N") if layer.activated else own
         for output in node.outputs[1:]:

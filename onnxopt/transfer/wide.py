@@ -25,7 +25,7 @@ def widened(skeleton: Skeleton) -> ir.Model:
     """
     if not is_lossy(skeleton):
         return skeleton.model
-    viewer = Viewer(copied(skeleton.real.original))
+    viewer = Viewer(copied(skeleton.real.original), skeleton.real.limits)
     layers = viewer.view().layers
     model = viewer.real.model
     names, owners = Names(model), {s.graph: s for s in scopes(model)}

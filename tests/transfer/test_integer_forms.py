@@ -130,6 +130,22 @@ def test_a_bias_in_sums_follows_the_scale_of_its_weight(tmp_path: Path) -> None:
     np.testing.assert_allclose(bias, expected, atol=float(found["first_bias_quantized_scale"].max()))
 
 
+@pytest.mark.parametrize("form", ["pairs", "operators"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_grid_in_the_place_of_a_clip(form: str, backwards: bool, tmp_path: Path) -> None:
+    """The quantizer leaves Clip(x, 0, 6) out, because grids end where the calibration did; the other model tells."""
+    text = NET.replace("Relu(a)", "Clip(a, zero, six)").replace("Relu(e)", "Clip(e, zero, six)")
+    weights = {**NET_WEIGHTS, "zero": np.array(0, np.float32), "six": np.array(6, np.float32)}
+    first, second = build(text, weights, 1), build(text, weights, 2)
+    path = str(tmp_path / "integers.onnx")
+    FORMS[form](second, path)
+    assert "Clip" not in {n.op_type for n in onnx.load(path).graph.node}
+    result = onnxopt.transfer(path, first) if backwards else onnxopt.transfer(first, path)
+    assert result.coverage == 1
+    assert result.certificate is not None
+    assert result.certificate.verdict == "close"
+
+
 def test_a_wrong_parameter_does_not_pass_for_rounding(tmp_path: Path) -> None:
     """Another activation costs less than rounding would be allowed by any limit, and is found all the same."""
     path = str(tmp_path / "integers.onnx")
