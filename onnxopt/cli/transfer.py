@@ -166,6 +166,11 @@ def _render(result: Transfer, console: Console, *, verbose: bool) -> None:
     total = sum(p.elements for p in result.parameters) or 1
     if result.certificate is not None:
         console.print(_verdict(result.certificate))
+        if result.certificate.rounding is not None and result.certificate.rounding_before is not None:
+            from onnxopt.report.words import deviation
+
+            now, before = deviation(result.certificate.rounding), deviation(result.certificate.rounding_before)
+            console.print(f"Rounding costs DST {now} of the output's range; with its own parameters it did {before}.")
     moved = [p for p in result.parameters if p.moved]
     verb = "drawn anew" if result.kind == "structure" else "moved"
     console.print(f"{len(moved)} of {len(result.parameters)} parameters {verb}: {result.coverage:.1%} of the numbers.")

@@ -24,7 +24,7 @@ from onnxopt.runtime import RunOptions, open_session
 from onnxopt.transfer.fit import is_lossy
 from onnxopt.transfer.match import Pair
 from onnxopt.transfer.move import Moved, move
-from onnxopt.transfer.result import Certificate
+from onnxopt.transfer.result import Certificate, Verdict
 from onnxopt.transfer.skeleton import Skeleton
 from onnxopt.transfer.view import Viewer
 from onnxopt.transfer.wide import widened
@@ -86,41 +86,86 @@ class Finding:
         return found.verification is None and 0 < found.layers_equal == found.layers_compared
 
 
-def certify(source: Skeleton, target: ir.Model, moved: Moved, pairs: Sequence[Pair], trial: Trial) -> Finding:
-    """Compare a target, into which the source's parameters were moved, with the source.
+def certify(
+    source: Skeleton,
+    moved: Moved,
+    pairs: Sequence[Pair],
+    feeds: Sequence[Feed],
+    options: RunOptions,
+) -> Finding:
+    """Compare a target, into which the source's parameters were moved, with the source; both in real numbers.
 
     Args:
         source: The source.
-        target: The target.
-        moved: What was done to it.
+        moved: The target, and what was done to it.
         pairs: The layers that were given the source's parameters.
-        trial: How to run the models.
+        feeds: Inputs of the source.
+        options: How to run the models.
     """
-    try:
-        feeds = trial.feeds(source.real.original)
-    except (RuntimeFailure, DataError) as error:
-        return Finding(Certificate("none", f"the source does not run here: {error}", None))
     whole = len(pairs) == len(source.layers) == len(moved.skeleton.layers)
     reason = "" if whole else "not all layers of the two models correspond"
-    reason = _interface_difference(source.model, target) or reason
+    reason = _interface_difference(source.model, moved.skeleton.model) or reason
     reference, computed = as_stored(source, moved.skeleton, pairs), widened(moved.skeleton)
     verification = None
     if not reason:
         named = _named_like(computed, source.model)
-        verification = Verifier(reference.model, feeds, trial.options).check(named)
+        verification = Verifier(reference.model, feeds, options).check(named)
         if verification.ok:
-            if not (rounds(source) or rounds(moved.skeleton)):
-                return Finding(Certificate("equal", "", verification))
-            given = source.real.original
-            judge = Verifier(given, feeds, trial.options)
-            verification = judge.check(_named_like(target, given), Guarantee.APPROXIMATE)
-            if verification.ok:
-                close = verification.worst > 0
-                return Finding(Certificate("close" if close else "equal", _LOSSY if close else "", verification))
+            return Finding(Certificate("equal", "", verification))
         reason = verification.reason
     paired = [dataclasses.replace(p, source=reference.groups[p.source.index]) for p in pairs]
     certificate = Certificate("none", reason, verification)
-    return _between(reference, computed, moved, paired, feeds, trial, certificate)
+    return _between(reference, computed, moved, paired, feeds, options, certificate)
+
+
+def as_run(
+    certificate: Certificate,
+    source: Skeleton,
+    before: Skeleton,
+    after: Skeleton,
+    feeds: Sequence[Feed],
+    options: RunOptions,
+) -> Certificate:
+    """Add to a certificate in real numbers how the models compare as they run.
+
+    Args:
+        certificate: What was found in real numbers.
+        source: The source.
+        before: The target as it was given.
+        after: The target with what was moved.
+        feeds: Inputs of the source.
+        options: How to run the models.
+    """
+    theirs = renamed(feeds, source.model, after.model)
+    certificate = dataclasses.replace(
+        certificate,
+        rounding=rounding(after, theirs, options),
+        rounding_before=rounding(before, theirs, options),
+    )
+    if certificate.verdict != "equal" or not (rounds(source) or rounds(after)):
+        return certificate
+    given = source.real.original
+    found = Verifier(given, feeds, options).check(_named_like(after.real.original, given), Guarantee.APPROXIMATE)
+    if not found.ok:
+        return dataclasses.replace(certificate, verdict="none", reason=found.reason, verification=found)
+    verdict: Verdict = "close" if found.worst > 0 else "equal"
+    return dataclasses.replace(certificate, verdict=verdict, reason=_LOSSY * (found.worst > 0), verification=found)
+
+
+def rounding(skeleton: Skeleton, feeds: Sequence[Feed], options: RunOptions) -> float | None:
+    """Return how far a model lies from itself in real numbers, relative to the range of outputs.
+
+    None for one that rounds nothing while it runs, or cannot be compared.
+
+    Args:
+        skeleton: The model.
+        feeds: Its inputs.
+        options: How to run it.
+    """
+    if not rounds(skeleton):
+        return None
+    found = Verifier(widened(skeleton), feeds, options).check(skeleton.real.original, Guarantee.APPROXIMATE)
+    return found.worst if found.ok else None
 
 
 def rounds(skeleton: Skeleton) -> bool:
@@ -154,6 +199,12 @@ def counterparts(source: ir.Model, target: ir.Model, what: str) -> dict[str, str
     if set(ours) == set(theirs):
         return {name: name for name in ours}
     return dict(zip(ours, theirs, strict=False))
+
+
+def renamed(feeds: Sequence[Feed], source: ir.Model, target: ir.Model) -> list[Feed]:
+    """Return inputs of the source as inputs of the target."""
+    names = counterparts(source, target, "inputs")
+    return [{names[n]: v for n, v in feed.items() if n in names} for feed in feeds]
 
 
 def _named_like(model: ir.Model, other: ir.Model) -> ir.Model:
@@ -203,17 +254,16 @@ def _between(
     target: ir.Model,
     moved: Moved,
     pairs: Sequence[Pair],
-    feeds: list[Feed],
-    trial: Trial,
+    feeds: Sequence[Feed],
+    options: RunOptions,
     certificate: Certificate,
 ) -> Finding:
     """Compare the values that corresponding layers compute, on the same inputs."""
     comparable = [(s, t, p) for p in pairs if (s := _computed(p.source.output)) and (t := _computed(p.target.output))]
-    names = counterparts(source.model, target, "inputs")
-    theirs: list[Feed] = [{names[n]: v for n, v in feed.items() if n in names} for feed in feeds[:1]]
+    theirs = renamed(feeds[:1], source.model, target)
     try:
-        ours = _kept(source.model, [s for s, _, _ in comparable], feeds[:1], trial)
-        others = _kept(target, [t for _, t, _ in comparable], theirs, trial)
+        ours = _kept(source.model, [s for s, _, _ in comparable], feeds[:1], options)
+        others = _kept(target, [t for _, t, _ in comparable], theirs, options)
     except (RuntimeFailure, DataError, KeyError) as error:
         reason = f"{certificate.reason}; layers cannot be compared: {error}"
         return Finding(dataclasses.replace(certificate, reason=reason))
@@ -240,9 +290,9 @@ def _between(
     return Finding(certificate, equal, frozenset(g.index for g in wrong))
 
 
-def _kept(model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], trial: Trial) -> dict[str, _Keeper]:
+def _kept(model: ir.Model, names: Sequence[str], feeds: Sequence[Feed], options: RunOptions) -> dict[str, _Keeper]:
     keepers = {name: _Keeper() for name in names}
-    observe(model, {n: [k] for n, k in keepers.items()}, feeds, trial.options, Silent())
+    observe(model, {n: [k] for n, k in keepers.items()}, feeds, options, Silent())
     return keepers
 
 

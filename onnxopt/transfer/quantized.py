@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxopt.numeric import nbits
 from onnxopt.transfer.tensors import Array, Reshaped, Store, Tensor, Unwritable
 
-_LIMITS = {
+LEVELS = {
     ir.DataType.INT8: (-128, 127),
     ir.DataType.UINT8: (0, 255),
     ir.DataType.INT16: (-(2**15), 2**15 - 1),
@@ -21,6 +21,7 @@ _LIMITS = {
     ir.DataType.INT2: (-2, 1),
     ir.DataType.UINT2: (0, 3),
 }
+"""The lowest and the highest integer."""
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -71,9 +72,9 @@ class Dequantized:
         if self.dtype == ir.DataType.INT32:
             self._write_sums(array, store)
             return
-        if self.dtype not in _LIMITS:
+        if self.dtype not in LEVELS:
             raise Unwritable(f"grids of {self.dtype.name} are not known")
-        low, high = _LIMITS[self.dtype]
+        low, high = LEVELS[self.dtype]
         bottom, top = np.minimum(self._reduced(array, np.minimum), 0), np.maximum(self._reduced(array, np.maximum), 0)
         middle = (low + high + 1) // 2
         zero = None if self.zero is None else self.zero.read(store).astype(np.float64)

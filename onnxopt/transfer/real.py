@@ -23,8 +23,9 @@ class Grid:
     Attributes:
         name: Of the integers.
         value: What is rounded, in the real model.
-        scale: Of the integers, in the model itself.
-        zero: Their zero point, there; None for 0.
+        scale: Of the integers, in the real model too.
+        zero: Their zero point; None for 0.
+        dtype: Their type.
         clips: Whether the lowest level, 0, stands in for an activation that was left out.
     """
 
@@ -32,6 +33,7 @@ class Grid:
     value: ir.Value
     scale: ir.Value
     zero: ir.Value | None
+    dtype: ir.DataType
     clips: bool
 
 

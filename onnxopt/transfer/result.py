@@ -12,6 +12,7 @@ from onnxopt.verify import Verification
 Status = Literal["exact", "aligned", "ambiguous", "unmatched", "left out"]
 STATUSES: tuple[Status, ...] = ("exact", "aligned", "ambiguous", "unmatched", "left out")
 MOVED: tuple[Status, ...] = ("exact", "aligned")
+Verdict = Literal["equal", "close", "trunk", "none"]
 Kind = Literal["direct", "feature", "structure"]
 
 
@@ -57,14 +58,19 @@ class Certificate:
         layers_equal: How many layers compute the same in both models.
         layers_compared: Of how many.
         first_difference: The first layer whose inputs agree and whose results do not; empty without any.
+        rounding: Of a target that computes with integers: how far its outputs lie from what it computes in real
+            numbers, relative to their range; None for other targets.
+        rounding_before: The same of the target as it was given, with its own parameters.
     """
 
-    verdict: Literal["equal", "close", "trunk", "none"]
+    verdict: Verdict
     reason: str
     verification: Verification | None
     layers_equal: int = 0
     layers_compared: int = 0
     first_difference: str = ""
+    rounding: float | None = None
+    rounding_before: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

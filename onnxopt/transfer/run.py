@@ -10,16 +10,17 @@ import onnx_ir as ir
 
 from onnxopt import model as models
 from onnxopt.contract import Progress, Silent
-from onnxopt.errors import UsageError
+from onnxopt.errors import DataError, RuntimeFailure, UsageError
 from onnxopt.feeds import Data, Feed, load_data
 from onnxopt.graph import constant_tensor, copied
 from onnxopt.ground import Source
 from onnxopt.runtime import RunOptions
-from onnxopt.transfer.certify import Finding, Trial, certify
+from onnxopt.transfer.certify import Finding, Trial, as_run, certify, renamed, rounding
 from onnxopt.transfer.initialize import initialize
 from onnxopt.transfer.match import Pair, match
 from onnxopt.transfer.move import Moved, move
-from onnxopt.transfer.result import Kind, Parameter, Status, Transfer
+from onnxopt.transfer.ranges import rescale
+from onnxopt.transfer.result import Certificate, Kind, Parameter, Status, Transfer
 from onnxopt.transfer.skeleton import Group, Skeleton
 from onnxopt.transfer.view import Viewer
 
@@ -174,6 +175,8 @@ class _Run:
         self._settle_activations()
         self._left_out = choice.reasons(self._target)
         self._dropped: set[int] = set()
+        self._inputs: list[Feed] = []
+        self._rescaled = 0
 
     def _settle_activations(self) -> None:
         """Say of grids that take the place of an activation which one, where the other model tells."""
@@ -202,6 +205,8 @@ class _Run:
                 attempt = None
         self._dropped = dropped
         finding = attempt.finding
+        if finding is not None and finding.certificate.verdict != "none":
+            attempt, finding = self._as_run(attempt, finding)
         return Transfer(
             attempt.model,
             self._choice.kind,
@@ -229,21 +234,50 @@ class _Run:
 
     def _try(self, chosen: set[int], verify: bool) -> _Attempt:
         self._progress.stage("moving parameters")
-        model = copied(self._target.real.original)
-        limits = self._target.real.limits
+        model, limits = copied(self._target.real.original), self._target.real.limits
         moved = move(self._source, model, self._pairs, chosen, limits)
         if not verify:
             return _Attempt(model, moved, chosen, None)
         self._progress.stage("comparing outputs")
         # What was moved may have been given biases: the values to compare are those of the graph as it is.
         moved = dataclasses.replace(moved, skeleton=Viewer(model, limits).view())
+        try:
+            feeds = self._feeds()
+        except (RuntimeFailure, DataError) as error:
+            reason = f"the source does not run here: {error}"
+            return _Attempt(model, moved, chosen, Finding(Certificate("none", reason, None)))
         through = chosen - moved.failed.keys()
         pairs = [
             Pair(p.source, moved.skeleton.groups[p.target.index], p.confidence)
             for p in self._pairs
             if p.target.index in through
         ]
-        return _Attempt(model, moved, chosen, certify(self._source, model, moved, pairs, self._trial))
+        finding = certify(self._source, moved, pairs, feeds, self._trial.options)
+        return _Attempt(model, moved, chosen, finding)
+
+    def _feeds(self) -> list[Feed]:
+        if not self._inputs:
+            self._inputs = self._trial.feeds(self._source.real.original)
+        return self._inputs
+
+    def _as_run(self, attempt: _Attempt, finding: Finding) -> tuple[_Attempt, Finding]:
+        """Scale grids of activations where that makes the target more accurate, and compare the models as they run."""
+        feeds, options, after = self._feeds(), self._trial.options, attempt.moved.skeleton
+        theirs = renamed(feeds, self._source.model, after.model)
+        if after.real.grids:
+            self._progress.stage("scaling ranges of activations")
+            other = copied(attempt.model)
+            changed = rescale(self._target, Viewer(other, after.real.limits).view(), theirs, options)
+            better = Viewer(other, after.real.limits).view()
+            errors = [rounding(s, theirs, options) for s in (after, better)]
+            if changed and errors[0] is not None and errors[1] is not None and errors[1] < errors[0]:
+                self._rescaled = changed
+                attempt = dataclasses.replace(
+                    attempt, model=other, moved=dataclasses.replace(attempt.moved, skeleton=better)
+                )
+        after = attempt.moved.skeleton
+        certificate = as_run(finding.certificate, self._source, self._target, after, feeds, options)
+        return attempt, dataclasses.replace(finding, certificate=certificate)
 
     def _parameters(self, moved: Moved, unsure: set[int], confirmed: set[int]) -> Iterable[Parameter]:
         """Yield what became of the target's parameters; the worst that befell any layer that uses one."""
@@ -291,6 +325,8 @@ class _Run:
 
     def _notes(self, moved: Moved) -> tuple[str, ...]:
         notes = []
+        if self._rescaled:
+            notes.append(f"{self._rescaled} ranges of activations were scaled to what the new parameters make of them.")
         if moved.added:
             notes.append(f"{moved.added} layers of the target had no bias and were given one.")
         if moved.unshared:

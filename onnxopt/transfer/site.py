@@ -21,14 +21,13 @@ from onnxopt.graph import (
     replace_value,
 )
 from onnxopt.rewrite import Builder
-from onnxopt.transfer.quantized import Dequantized, Product
+from onnxopt.transfer.quantized import LEVELS, Dequantized, Product
 from onnxopt.transfer.real import Grid, Real
 from onnxopt.transfer.signs import is_signed
 from onnxopt.transfer.tensors import Tensor, reshaped
 from onnxopt.transfer.trace import Tracer
 
 CLIP_LIMITS_AS_INPUT = 11
-_LOWEST = {ir.DataType.UINT8: 0, ir.DataType.INT8: -128, ir.DataType.UINT16: 0, ir.DataType.INT16: -(2**15)}
 
 
 class Conversion:
@@ -176,12 +175,13 @@ class At:
         step = constant_array(scale)
         if scale is None or step is None or (zero is not None and offset is None):
             return
-        dtype = ir.DataType.UINT8 if offset is None else conversion.tracer.shapes.dtype(zero or scale)
-        lowest = _LOWEST.get(dtype or ir.DataType.FLOAT)
-        clips = lowest is not None and bool(np.all((0 if offset is None else offset) == lowest))
-        clips = clips and is_signed(value)
+        dtype = None if zero is None else conversion.tracer.shapes.dtype(zero)
+        dtype = dtype or ir.DataType.UINT8
+        if dtype not in LEVELS:
+            return
+        clips = bool(np.all((0 if offset is None else offset) == LEVELS[dtype][0])) and is_signed(value)
         real = conversion.real
-        real.grids.append(Grid(out.name or "", value, real.value(scale), None if zero is None else real.value(zero), clips))
+        real.grids.append(Grid(out.name or "", value, scale, zero, dtype, clips))
         if clips:
             value = self._activated(value, real.limits.get(out.name or ""))
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), out.shape

@@ -131,6 +131,30 @@ def test_a_bias_in_sums_follows_the_scale_of_its_weight(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["pairs", "operators"])
+def test_ranges_of_activations_follow(form: str, tmp_path: Path) -> None:
+    """Calibrated with other parameters, grids would cut off what those of the source make of the same inputs."""
+    wide = {
+        n: np.random.default_rng(5).normal(0, 3, NET_WEIGHTS[n]).astype(np.float32) for n in ("first", "first_bias")
+    }
+    source, path = build(NET, {**NET_WEIGHTS, **wide}, 1), str(tmp_path / "integers.onnx")
+    FORMS[form](build(NET, NET_WEIGHTS, 2), path)
+    before = {n: v.const_value.numpy() for n, v in onnxopt.load(path).graph.initializers.items()}
+    result = onnxopt.transfer(source, path)
+    after = {n: v.const_value.numpy() for n, v in result.model.graph.initializers.items()}
+    assert any("ranges of activations" in note for note in result.notes)
+    assert result.certificate is not None
+    assert result.certificate.rounding is not None
+    assert result.certificate.rounding_before is not None
+    assert result.certificate.rounding < 2 * result.certificate.rounding_before
+    assert _deviation(source, result.model) < 0.1
+    if form == "pairs":
+        assert 3 < after["b_scale"] / before["b_scale"] < 12
+        assert after["x_scale"] == before["x_scale"]
+        scale = after["second_bias_quantized_scale"]
+        np.testing.assert_allclose(scale, after["b_scale"] * after["second_scale"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("form", ["pairs", "operators"])
 @pytest.mark.parametrize("backwards", [False, True])
 def test_a_grid_in_the_place_of_a_clip(form: str, backwards: bool, tmp_path: Path) -> None:
     """The quantizer leaves Clip(x, 0, 6) out, because grids end where the calibration did; the other model tells."""
