@@ -98,6 +98,14 @@ class Difference:
             return None if reference == other else 0.0
         return max(-1.0, min(1.0, self.dot / math.sqrt(reference) / math.sqrt(other)))
 
+    @property
+    def lost(self) -> float | None:
+        """Norm of the difference by that of the reference; None for what is no number, and when that is zero."""
+        reference, other = self.norms
+        if reference == 0.0 or self.max_abs == 0.0:
+            return None if reference == 0.0 else 0.0
+        return math.sqrt(max(0.0, reference + other - 2 * self.dot) / reference)
+
     def __or__(self, later: Difference) -> Difference:
         """Return both together; what is first or broken in this one stays so."""
         elements = self.elements + later.elements

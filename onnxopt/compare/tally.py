@@ -28,6 +28,8 @@ class OutputDeviation:
         ok: Whether the output may be as it is.
         note: What else there is to know, in words.
         compared: Whether its values were compared; otherwise only type and shape, or it holds no number.
+        lost: Norm of the difference by that of the reference, over all numbers; below 1e-7 it is rounding. None for
+            booleans and strings, and when the reference is zero.
     """
 
     name: str
@@ -40,6 +42,7 @@ class OutputDeviation:
     ok: bool
     note: str = ""
     compared: bool = True
+    lost: float | None = None
 
 
 class Tally:
@@ -138,6 +141,7 @@ class Tally:
             ok=self.ok,
             note="; ".join(notes),
             compared=self._compared and not numberless,
+            lost=found.lost,
         )
 
     @property

@@ -232,7 +232,7 @@ def _widths(removed: Sequence[Removed]) -> Iterable[Html]:
 def _removed(table: removals.Table, report: Report) -> Iterable[Html]:
     """Tell what a pass removed, group by group, and whether that is what was asked for."""
     yield tag("p", tag("code", table.spec))
-    for text in (table.total, *(removals.told(r) for r in report.reached if r.spec == table.spec)):
+    for text in removals.sentences(table, report):
         yield tag("p", text)
     picture = tradeoff.picture(table)
     if picture:

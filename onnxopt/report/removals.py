@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from onnxopt.report.data import Reached
 if TYPE_CHECKING:
     from onnxopt.contract import GraphPass, PassReport
     from onnxopt.measure import Measurement
+    from onnxopt.report.data import Report
+    from onnxopt.verify import Verification
 
 TITLES = ("group", "width", "params", "mult-adds", "expected", "measured")
 """Of the columns of `Line.cells`."""
@@ -91,6 +94,22 @@ class Table:
         parts.append(f"{_gone(self.macs)} of the multiply-adds")
         return f"Gone: {', '.join(parts)}."
 
+    def together(self, verification: Verification | None) -> str:
+        """Return how far the outputs of the result deviate, and what was expected, in a sentence; maybe none.
+
+        Square errors of groups add up where they have nothing to do with one another.
+        """
+        outputs = () if verification is None else verification.outputs
+        lost = [o.lost for o in outputs if o.kind == "float" and o.compared and o.lost is not None]
+        if not lost:
+            return ""
+        found = f"Outputs of the result deviate by {words.share(sum(lost) / len(lost))}, root of the lost part of "
+        predicted = [line.removed.predicted for line in self.lines]
+        losses = [damage.share**2 for damage in predicted if damage is not None and damage.of == "outputs"]
+        if len(losses) < len(predicted):
+            return f"{found}their power."
+        return f"{found}their power; expected of these groups together: {words.share(math.sqrt(sum(losses)))}."
+
     @property
     def legend(self) -> list[str]:
         """What the last two columns show, in sentences."""
@@ -140,6 +159,12 @@ def reached(
             change = Change(removed[0].parameters.before, removed[-1].parameters.after)
         left = None if change is None or not change.before else change.after / change.before
         yield Reached(done.spec, goal.of, goal.part, left)
+
+
+def sentences(table: Table, report: Report) -> list[str]:
+    """Return what a pass took out and reached in all, and how far the result is off, in sentences."""
+    goals = [told(goal) for goal in report.reached if goal.spec == table.spec]
+    return [text for text in (table.total, *goals, table.together(report.verification)) if text]
 
 
 def told(goal: Reached) -> str:

@@ -263,7 +263,7 @@ def _removed(report: Report, console: Console, *, verbose: bool) -> None:
         if rest:
             text = f"and {words.count(rest, 'group')} that save less (--verbose lists them)"
             console.print(Padding(Text(text, style="dim"), (0, 0, 0, _INDENT)))
-        for text in (removed.total, *(removals.told(r) for r in report.reached if r.spec == removed.spec)):
+        for text in removals.sentences(removed, report):
             console.print(Padding(Text(text), (0, 0, 0, 2)))
         for text in removed.legend:
             console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))

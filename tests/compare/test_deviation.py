@@ -192,3 +192,12 @@ def test_sizes_and_kinds() -> None:
     assert kind_of(np.dtype(ml_dtypes.float4_e2m1fn)) == "float"
     assert kind_of(np.dtype(ml_dtypes.int2)) == "integer"
     assert kind_of(np.dtype("U3")) == "string"
+
+
+def test_what_is_lost_is_the_norm_of_the_difference_by_that_of_the_reference() -> None:
+    assert difference(floats(3, 4), floats(3, 4)).lost == 0.0
+    assert difference(floats(3, 4), floats(0, 0)).lost == pytest.approx(1.0)
+    assert difference(floats(3, 4), floats(3, 4.5)).lost == pytest.approx(0.1)
+    assert (difference(floats(3, 0), floats(0, 0)) | difference(floats(0, 4), floats(0, 4))).lost == pytest.approx(0.6)
+    assert difference(floats(0, 0), floats(1, 0)).lost is None
+    assert difference(np.array(["a"]), np.array(["b"])).lost is None

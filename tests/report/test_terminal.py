@@ -11,7 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from onnxopt.contract import AppliedEdit, DroppedEdit, Site
-from onnxopt.removed import Change
+from onnxopt.removed import Change, Damage
 from onnxopt.report.data import Report
 from onnxopt.report.terminal import OUTPUTS, render, to_text
 
@@ -293,3 +293,20 @@ def _saving(removed: Any, parameters: int) -> Any:
 def test_the_table_of_what_was_removed_fits(removals: Report, width: int) -> None:
     assert max(cell_len(line) for line in to_text(removals, width=width).splitlines()) <= width
     assert "…" not in to_text(removals, width=width)
+
+
+def test_what_was_expected_of_all_groups_stands_beside_how_far_the_result_is_off(removals: Report, make: Make) -> None:
+    output = dataclasses.replace(removals.verification.outputs[0], lost=0.048)  # type: ignore[union-attr]
+    done = removals.passes[-1]
+    first = done.applied[0]
+    text = to_text(make(passes=(done,), verification={"outputs": (output,)}))
+    assert "Outputs of the result deviate by 4.8%, root of the lost part of their power." in flat(text)
+    two = tuple(dataclasses.replace(first, removed=_expecting(first.removed, share)) for share in (0.03, 0.04))
+    text = to_text(make(passes=(dataclasses.replace(done, applied=two),), verification={"outputs": (output,)}))
+    assert "deviate by 4.8%, root of the lost part of their power; expected of these groups together: 5.0%." in flat(
+        text
+    )
+
+
+def _expecting(removed: Any, share: float) -> Any:
+    return dataclasses.replace(removed, predicted=Damage(share, "outputs"))
