@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from onnxopt.contract import Progress
-from onnxopt.errors import DataError, UsageError
+from onnxopt.errors import DataError, NothingDoneError, UsageError
 from onnxopt.training import safetensors
 from onnxopt.training.normalizing import Normalizing
 from onnxopt.training.problem import Key, Problem
@@ -174,6 +174,7 @@ def fit(
     Raises:
         UsageError: If the checkpoint belongs to another run.
         DataError: If the loss is not finite, or the checkpoint cannot be read.
+        NothingDoneError: If the gradient is zero on all samples.
     """
     state = _State(trained, normalizing, recipe)
     if checkpoint is not None and checkpoint.exists():
@@ -200,18 +201,28 @@ def _epoch(problem: Problem, state: _State, recipe: Recipe, number: int, progres
     order = rng.permutation(len(problem))
     starts = range(0, len(order), recipe.batch)
     steps = recipe.epochs * len(starts)
-    total = 0.0
+    total, steepest = 0.0, 0.0
     for index, start in enumerate(starts):
         step = (number - 1) * len(starts) + index
         for group in state.optimizer.param_groups:
             group["lr"] = group["scale"] * recipe.rate(step, steps)
         numbers = order[start : start + recipe.batch]
-        total += _step(problem, state, numbers, rng, recipe.clip) * len(numbers)
+        loss, norm = _step(problem, state, numbers, rng, recipe.clip)
+        total, steepest = total + loss * len(numbers), max(steepest, norm)
         progress.advance()
+    if number == 1 and steepest == 0:
+        raise NothingDoneError(
+            "The gradient of the loss is zero for all parameters that are trained, on every sample: changing them a "
+            "little changes no output, as behind a ReLU or a Clip that is at its end, or the loss is as low as can be. "
+            "Train others as well, or begin with other weights."
+        )
     return total / len(order)
 
 
-def _step(problem: Problem, state: _State, numbers: np.ndarray, rng: np.random.Generator, clip: float) -> float:
+def _step(
+    problem: Problem, state: _State, numbers: np.ndarray, rng: np.random.Generator, clip: float
+) -> tuple[float, float]:
+    """Take a step; return the loss and the norm of its gradient."""
     state.optimizer.zero_grad()
     mean = 0.0
     # computed anew for every part, because going backwards frees what led to them
@@ -222,9 +233,9 @@ def _step(problem: Problem, state: _State, numbers: np.ndarray, rng: np.random.G
     if not math.isfinite(mean):
         raise DataError("The loss is not finite any more; lower the learning rate, or look for NaN in the data.")
     leaves: Sequence[Any] = [each.leaf for each in state.learnt.values()]
-    torch.nn.utils.clip_grad_norm_(leaves, clip)
+    norm = torch.nn.utils.clip_grad_norm_(leaves, clip)
     state.optimizer.step()
-    return mean
+    return mean, float(norm)
 
 
 class _Fresh(dict[str, torch.Tensor]):

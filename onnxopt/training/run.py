@@ -85,7 +85,7 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
     Raises:
         UsageError: If a pattern fits nothing, or the checkpoint belongs to another run.
         DataError: If there are too few samples, the loss is not finite, or the checkpoint cannot be read.
-        NothingDoneError: If there are no parameters that could be trained.
+        NothingDoneError: If there are no parameters that could be trained, or their gradient is zero.
         VerificationError: If the runtime computes something else than what was trained.
     """
     start, model, options = time.perf_counter(), interpreter.model, settings.options

@@ -22,6 +22,7 @@ from onnxopt.training.ops import (
     resize,
     sequences,
     shaping,
+    spectra,
 )
 
 OPERATORS: Mapping[tuple[str, str], Operator] = MappingProxyType(
@@ -41,6 +42,7 @@ OPERATORS: Mapping[tuple[str, str], Operator] = MappingProxyType(
             resize,
             sequences,
             shaping,
+            spectra,
         )
         for name, function in theme.OPS.items()
     }

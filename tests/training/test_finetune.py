@@ -319,6 +319,14 @@ def test_parameters_that_no_gradient_reaches_are_told(blobs: Blobs) -> None:
         finetune(proto, *blobs, train=["v"])
 
 
+def test_a_gradient_of_zero_is_told(blobs: Blobs) -> None:
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[batch, 4] x) => (float[batch, 2] y)
+        <float[4, 2] w = {1, 2, 3, 4, 5, 6, 7, 8}, float[2] b = {-999, -999}, float[2, 2] v = {1, 2, 3, 4}>
+        { h = Gemm (x, w, b)  r = Relu (h)  y = MatMul (r, v) }"""
+    with pytest.raises(NothingDoneError, match="The gradient of the loss is zero for all parameters"):
+        finetune(onnx.parser.parse_model(text), blobs[0], blobs[1] % 2)
+
+
 def test_what_torch_computes_wrongly_is_not_trained(
     network: onnx.ModelProto, blobs: Blobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

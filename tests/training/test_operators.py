@@ -279,6 +279,31 @@ def test_gradients_pass_a_window_that_is_too_large() -> None:
     assert torch.autograd.gradcheck(lambda x: interpreter.run({"x": x})["y"], (x,))
 
 
+@pytest.mark.parametrize("opset", [17, 20])
+@pytest.mark.parametrize(
+    ("parts", "options"),
+    [(1, ""), (1, "onesided = 1"), (2, ""), (2, "inverse = 1"), (1, "inverse = 1")],
+)
+@pytest.mark.parametrize("length", ["", "n"])
+def test_spectra(opset: int, parts: int, options: str, length: str) -> None:
+    axis, given_axis = ("axis = 2", "") if opset < 20 else ("", ", axis")
+    attributes = ", ".join(filter(None, (axis, options)))
+    node = f"y = DFT <{attributes}> (x, {length}{given_axis})" if attributes else f"y = DFT (x, {length}{given_axis})"
+    node = node.replace("(x, )", "(x)")
+    text = f"""<ir_version: 9, opset_import: ["" : {opset}]> g (float[2, 3, 8, {parts}] x) => (float[a, b, c, d] y)
+        <int64 n = {{8}}, int64 axis = {{2}}> {{ {node} }}"""
+    ours, theirs = run(text, {"x": np.random.default_rng(0).standard_normal((2, 3, 8, parts)).astype(np.float32)})
+    assert close(ours["y"], theirs["y"])
+
+
+def test_gradients_pass_spectra() -> None:
+    text = """<ir_version: 9, opset_import: ["" : 17]> g (double[1, 8, 1] x) => (double[a, b, c] y)
+        { s = DFT <onesided = 1> (x)  t = Mul (s, s)  z = DFT <inverse = 1> (t)  y = Mul (z, z) }"""
+    interpreter = Interpreter(models.load(onnx.parser.parse_model(text)))
+    x = torch.linspace(-1, 1, 8, dtype=torch.float64).reshape(1, 8, 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: interpreter.run({"x": x})["y"], (x,))
+
+
 def test_blocks_are_added_up_where_they_lie() -> None:
     text = """<ir_version: 9, opset_import: ["" : 18]> g (float[1, 8, 12] x) => (float[a, b, c, d] y)
         <int64[2] image = {5, 4}, int64[2] block = {2, 2}>

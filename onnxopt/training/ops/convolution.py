@@ -222,19 +222,6 @@ def columns_to_image(call: Call, x: Tensor, image: Tensor, block: Tensor) -> Ten
     return whole[..., pads[0] : pads[0] + sizes[0], pads[1] : pads[1] + sizes[1]]
 
 
-def short_time_fourier(
-    call: Call, signal: Tensor, step: Tensor, window: Tensor | None = None, length: Tensor | None = None
-) -> Tensor:
-    """Return the spectra of windows of real signals: samples by windows by frequencies by real and imaginary part."""
-    if signal.ndim == 3 and signal.shape[2] != 1:
-        raise NoCounterpart("has complex signals")
-    size = len(window) if window is not None else ints(length)[0]
-    frames = signal.reshape(len(signal), -1).unfold(1, size, ints(step)[0])
-    frames = frames if window is None else frames * window
-    spectra = torch.fft.rfft(frames) if call.get("onesided", 1) else torch.fft.fft(frames)
-    return torch.view_as_real(spectra)
-
-
 def _spatial(x: Tensor) -> list[int]:
     return list(range(2, x.ndim))
 
@@ -255,5 +242,4 @@ OPS: dict[str, Operator] = {
     "GlobalMaxPool": lambda call, x: x.amax(dim=_spatial(x), keepdim=True),
     "GlobalLpPool": global_lp_pool,
     "Col2Im": columns_to_image,
-    "STFT": short_time_fourier,
 }
