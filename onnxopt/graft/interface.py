@@ -10,6 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from onnxopt.graft.certificate import type_text
+from onnxopt.graft.layout import channel_axis
 from onnxopt.graft.slicing import Types
 
 Dims = tuple[int | str | None, ...]
@@ -32,11 +33,13 @@ class Slot:
         name: Name of the value.
         type: Its type.
         dims: Its axes: a size, a name, or None; None as a whole when not even their number is known.
+        channels: The axis of channels, where operators around the value tell it.
     """
 
     name: str
     type: ir.TypeProtocol
     dims: Dims | None
+    channels: int | None = None
 
     @property
     def dtype(self) -> ir.DataType | None:
@@ -88,7 +91,8 @@ def slot(value: ir.Value, types: Types) -> Slot:
     """
     shape = types.shape(value)
     dims = None if shape is None else tuple(d if isinstance(d, int) else d.value for d in shape)
-    return Slot(value.name or "", types.type(value), dims)
+    channels = channel_axis(value, len(dims)) if dims is not None and len(dims) in _LAYOUTS else None
+    return Slot(value.name or "", types.type(value), dims, channels)
 
 
 def adapters(have: Slot, want: Slot) -> tuple[Adapter, ...] | None:
@@ -102,10 +106,23 @@ def adapters(have: Slot, want: Slot) -> tuple[Adapter, ...] | None:
         cast = (Adapter("Cast", dtype=want.dtype),)
     if have.dims is None or want.dims is None:
         return cast
-    shaping = _shaping(have.dims, want.dims)
+    shaping = _reordered(have, want) or _shaping(have.dims, want.dims)
     if shaping is None or (have.dtype not in _FLOATS and any(a.kind in ("Resize", *FITTED) for a in shaping)):
         return None
     return (*cast, *shaping)
+
+
+def _reordered(have: Slot, want: Slot) -> tuple[Adapter, ...] | None:
+    """Return the Transpose between two layouts that shapes alone do not tell apart; None where it is not that."""
+    if have.channels is None or want.channels is None or have.channels == want.channels:
+        return None
+    assert have.dims is not None and want.dims is not None
+    if len(have.dims) != len(want.dims) or have.dims[1:] != want.dims[1:]:
+        return None
+    for perm in _LAYOUTS[len(have.dims)]:
+        if perm[want.channels] == have.channels and tuple(have.dims[i] for i in perm[1:]) == want.dims[1:]:
+            return (Adapter("Transpose", perm=perm, rank=len(perm)),)
+    return None
 
 
 def _shaping(have: Dims, want: Dims) -> tuple[Adapter, ...] | None:

@@ -316,7 +316,7 @@ class Grafting:
             value, pending = splice.adapt(copies[-1].outputs[link.donor], link.adapters)
             assert link.host is not None, "outputs have a counterpart"
             fits += [(p, "host", wiring.host_out.slots[link.host].name) for p in pending]
-            splice.replace(part.outputs[link.host], value, free=wiring.free[link.host])
+            splice.replace(part.outputs[link.host], value, free=wiring.free[link.host] and not link.adapters)
         moved = any(a.kind == "Transpose" for link in wiring.inputs for a in link.adapters)
         pairs = [
             (wiring.donor_in.slots[link.donor].dims, wiring.host_in.slots[link.host].dims)

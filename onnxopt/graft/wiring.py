@@ -12,7 +12,7 @@ from onnxopt.analysis.shapes import Shapes
 from onnxopt.graft.blocks import has_weights
 from onnxopt.graft.certificate import Mapped
 from onnxopt.graft.cut import Block, Cut, Flow, Part, Tensors
-from onnxopt.graft.interface import adapters, described, slot
+from onnxopt.graft.interface import FITTED, adapters, described, slot
 from onnxopt.graft.pairing import (
     Link,
     Side,
@@ -245,7 +245,10 @@ def _adapted(link: Link, host: Side, donor: Side, *, forward: bool, free: Sequen
         return link
     ours, theirs = host.slots[link.host], donor.slots[link.donor]
     have, want = (ours, theirs) if forward else (theirs, ours)
-    found = () if free and free[link.host] else adapters(have, want)
+    found = adapters(have, want)
+    if free and free[link.host] and (found is None or any(a.kind in ("Resize", *FITTED) for a in found)):
+        # An output of the model that nothing reads may be something else, such as the scores of other classes.
+        found = ()
     if found is None:
         raise RefusedError(
             "shape", f'"{have.name}" ({have}) does not fit in the place of "{want.name}" ({want}), nor with an adapter.'

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import onnxopt
 from onnxopt.graft import RefusedError
 from onnxopt.graft.interface import Slot, adapters
+from onnxopt.graft.layout import channel_axis
 from onnxopt.runtime import open_session
 
 F32, F16, I64 = (ir.TensorType(d) for d in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.INT64))
@@ -110,6 +111,72 @@ def test_half_precision_into_single():
     assert len(asked) == 2
     assert [n.op_type for n in done.model.graph] == ["Relu", "Cast", "Conv", "Cast", "Neg"]
     assert [m.adapters for m in done.certificate.inputs] == [("Cast to float16",)]
+    x = RNG.standard_normal((2, 4, 6, 6)).astype(np.float32)
+    np.testing.assert_allclose(run(done.model, x=x)["y"], run(host, x=x)["y"], atol=5e-3)
+
+
+def test_layouts_that_shapes_do_not_tell_apart_are_told_by_operators():
+    """Channels, height and width are equally many: only the Transposes say that the donor has channels last."""
+    host = parsed(NCHW.replace("6, 6", "4, 4"), k=KERNEL)
+    donor = parsed(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 4, 4, 4] p) => (float[n, 4, 4, 4] q) {
+            r = Abs(p)  first = Transpose<perm = [0, 3, 1, 2]>(r)  c = Conv(first, k)
+            last = Transpose<perm = [0, 2, 3, 1]>(c)  q = Neg(last)
+        }
+        """,
+        k=KERNEL,
+    )
+    done = onnxopt.graft(host, donor, replace="a->b", with_="r->last", adapters="allow")
+    assert [m.adapters for m in done.certificate.inputs] == [("Transpose [0, 2, 3, 1]",)]
+    assert [m.adapters for m in done.certificate.outputs] == [("Transpose [0, 3, 1, 2]",)]
+    x = RNG.standard_normal((2, 4, 4, 4)).astype(np.float32)
+    np.testing.assert_allclose(run(done.model, x=x)["y"], run(host, x=x)["y"], atol=1e-5)
+    with pytest.raises(RefusedError, match="Transpose"):
+        onnxopt.graft(host, donor, replace="a->b", with_="r->last")
+
+
+def values(text, **arrays):
+    model = parsed(text, **arrays)
+    return {v.name: v for v in (*model.graph.inputs, *(o for n in model.graph for o in n.outputs))}
+
+
+def test_the_axis_of_channels():
+    found = values(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 4, 4, 4] x, float[n, 4, 4, 4] p) => (float[n, 4, 4, 4] y, float[n, 4, 4, 4] z) {
+            a = Relu(x)  b = Conv(a, k)  s = Sigmoid(b)  m = Mul(b, s)  t = Transpose<perm = [0, 2, 3, 1]>(m)
+            y = LayerNormalization<axis = -1>(t, w)  z = Softmax(p)
+        }
+        """,
+        k=KERNEL,
+        w=np.ones(4, np.float32),
+    )
+    assert [channel_axis(found[name], 4) for name in "xbmtyp"] == [1, 1, 1, 3, 3, None]
+    disputed = values(
+        """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 4, 4, 4] x) => (float[n, 4, 4, 4] y, float[n, 4, 4, 4] z) {
+            y = Conv(x, k)  z = LayerNormalization(x, w)
+        }
+        """,
+        k=KERNEL,
+        w=np.ones(4, np.float32),
+    )
+    assert channel_axis(disputed["x"], 4) is None
+
+
+def test_an_output_of_the_model_keeps_its_type_where_an_adapter_can():
+    host = parsed(NCHW, k=KERNEL)
+    donor = parsed(NCHW.replace("float[", "float16["), k=KERNEL.astype(np.float16))
+    with pytest.raises(RefusedError) as refused:
+        onnxopt.graft(host, donor, replace="a->y", with_="a->y")
+    assert refused.value.reason == "adapter"
+    done = onnxopt.graft(host, donor, replace="a->y", with_="a->y", adapters="allow")
+    (output,) = done.model.graph.outputs
+    assert (output.name, output.dtype, [str(d) for d in output.shape]) == ("y", ir.DataType.FLOAT, ["n", "4", "6", "6"])
     x = RNG.standard_normal((2, 4, 6, 6)).astype(np.float32)
     np.testing.assert_allclose(run(done.model, x=x)["y"], run(host, x=x)["y"], atol=5e-3)
 
