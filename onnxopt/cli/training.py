@@ -34,8 +34,9 @@ def keep(found: Trained, path: Path | None, *, as_json: bool, quiet: bool) -> No
         show(lambda console: _render(found, console))
     if found.best == 0 or found.is_worse:
         raise VerificationError(
-            "No epoch did better on the samples kept for validation than what was there, so nothing was written; use "
-            "more samples or a lower --learning-rate, or --validation 0 to keep the last epoch unjudged."
+            "No epoch did better on the samples that judge than what was there, so nothing was written; use more "
+            "samples or a lower --learning-rate, or --validation 0 to keep the last epoch unjudged. What the model has "
+            "learnt from before, as a new head has, cannot judge it."
         )
     save(found.model, path)
     written().append(str(path))

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxopt.errors import DataError, UsageError
 from onnxopt.feeds import Data, Feed, load_data, load_labels
+from onnxopt.probe.folds import stratified
 from onnxopt.registry import nearest
 
 Source: TypeAlias = str | os.PathLike[str] | Data | Mapping[str, np.ndarray]
@@ -187,8 +188,8 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
         return examples, None
     count = len(examples)
     order = np.random.default_rng([seed, count]).permutation(count)
-    labels = examples.labels
-    if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iub":
+    labels = _classes(examples)
+    if labels is not None:
         ranks = np.zeros(count)
         for label in np.unique(labels):
             members = order[labels[order] == label]
@@ -200,3 +201,30 @@ def split(examples: Examples, share: float, seed: int) -> tuple[Examples, Exampl
             f"Of {count} samples, {judged} would judge and {count - judged} be learnt from; each needs at least one."
         )
     return examples.select(np.sort(order[judged:])), examples.select(np.sort(order[:judged]))
+
+
+def folds(examples: Examples, count: int, seed: int) -> list[tuple[Examples, np.ndarray]]:
+    """Divide samples at random into folds; classes keep their shares.
+
+    Args:
+        examples: All samples.
+        count: How many folds.
+        seed: The same seed gives the same division.
+
+    Returns:
+        For each fold the samples outside of it, to learn from, and the numbers of those in it. Each is in one.
+
+    Raises:
+        DataError: If there are fewer samples than folds.
+    """
+    if len(examples) < count:
+        raise DataError(f"{len(examples)} samples cannot be divided into {count} folds; give fewer folds.")
+    classes = _classes(examples)
+    parts = stratified(np.zeros(len(examples)) if classes is None else classes, count, seed=seed)
+    return [(examples.select(outside), inside) for outside, inside in parts]
+
+
+def _classes(examples: Examples) -> np.ndarray | None:
+    """Return the class of each sample; None where labels are something else."""
+    labels = examples.labels
+    return labels if labels is not None and labels.ndim == 1 and labels.dtype.kind in "iub" else None

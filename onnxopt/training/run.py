@@ -15,11 +15,11 @@ from onnxopt import runtime
 from onnxopt.errors import NothingDoneError
 from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions
-from onnxopt.training.examples import Examples, split
-from onnxopt.training.fit import fit
+from onnxopt.training.examples import Examples, folds, split
+from onnxopt.training.fit import Fit, fit
 from onnxopt.training.forward import agreement, require_agreement
 from onnxopt.training.interpreter import Interpreter
-from onnxopt.training.normalizing import normalizing
+from onnxopt.training.normalizing import Normalizing, normalizing
 from onnxopt.training.parameters import choose, find_parameters, with_parameters
 from onnxopt.training.problem import EVALUATION_BATCH, Aim, Problem
 from onnxopt.training.settings import Settings
@@ -89,26 +89,24 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         VerificationError: If the runtime computes something else than what was trained.
     """
     start, model, options = time.perf_counter(), interpreter.model, settings.options
-    learning, judging = split(examples, settings.validation, settings.recipe.seed)
+    learning, judging = split(examples, 0 if settings.folds else settings.validation, settings.recipe.seed)
     trained, unreached = _reached(interpreter, _chosen(model, settings), examples.feeds[0], lesson.aim.values)
-    normalized = normalizing(model, trained, learning, settings)
-    found = fit(
-        Problem(lesson.aim, learning, judging, settings.augmentation),
-        trained,
-        normalized,
-        settings.recipe,
-        settings.progress,
-        checkpoint=settings.checkpoint,
-        key=_fingerprint(trained, examples, settings, lesson.key),
-    )
+    key = _fingerprint(trained, examples, settings, lesson.key)
+    before, after = None, None
+    if settings.folds:
+        before, after = _by_folds(model, list(trained), lesson, examples, settings, key)
+    found, normalized = _fitted(model, trained, lesson, learning, judging, settings, key)
     result = with_parameters(model, found.values)
     check = agreement(result, interpreter, examples.feeds[:FEEDS_TO_CHECK], options, found.values)
     require_agreement(check, "The trained model does not compute what was trained")
+    if judging is not None:
+        before, after = (_scored(_judged(m, lesson, judging, options), lesson) for m in (model, result))
     return Trained(
         result,
         lesson.targets,
-        _judged(model, lesson, judging, options),
-        _judged(result, lesson, judging, options),
+        before,
+        after,
+        settings.folds,
         tuple(trained),
         tuple(name for name, each in trained.items() if each.is_made),
         unreached,
@@ -121,6 +119,44 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         check.worst,
         time.perf_counter() - start,
     )
+
+
+def _fitted(
+    model: ir.Model,
+    trained: Mapping[str, Trainable],
+    lesson: Lesson,
+    learning: Examples,
+    judging: Examples | None,
+    settings: Settings,
+    key: str,
+) -> tuple[Fit, Normalizing]:
+    """Optimize parameters on samples, judged by others or by none."""
+    normalized = normalizing(model, trained, learning, settings)
+    problem = Problem(lesson.aim, learning, judging, settings.augmentation)
+    checkpoint = settings.checkpoint
+    found = fit(problem, trained, normalized, settings.recipe, settings.progress, checkpoint=checkpoint, key=key)
+    return found, normalized
+
+
+def _by_folds(
+    model: ir.Model, names: Sequence[str], lesson: Lesson, examples: Examples, settings: Settings, key: str
+) -> tuple[Score, Score]:
+    """Return how well the model does, and how well models do on samples that were trained on the others.
+
+    No choice is made by these samples, so that the figures flatter nobody: every model is trained to the end.
+    """
+    each = np.zeros(len(examples))
+    for number, (outside, inside) in enumerate(folds(examples, settings.folds, settings.recipe.seed), 1):
+        settings.progress.stage(f"fold {number} of {settings.folds}")
+        parameters = find_parameters(model)
+        trained = {name: trainable(parameters[name]) for name in names}
+        path = settings.checkpoint
+        own = None if path is None else path.with_name(f"{path.stem}.fold{number}{path.suffix}")
+        how = dataclasses.replace(settings, checkpoint=own)
+        found, _ = _fitted(model, trained, lesson, outside, None, how, f"{key}/{number}")
+        result = with_parameters(model, found.values)
+        each[inside] = _judged(result, lesson, examples.select(inside), settings.options)
+    return _scored(_judged(model, lesson, examples, settings.options), lesson), _scored(each, lesson)
 
 
 def _chosen(model: ir.Model, settings: Settings) -> dict[str, Trainable]:
@@ -159,22 +195,24 @@ def _reached(
     return reached, tuple(name for (name, _), gradient in pairs if gradient is None)
 
 
-def _judged(model: ir.Model, lesson: Lesson, judging: Examples | None, options: RunOptions) -> Score | None:
-    """Return how well the runtime's outputs do on samples that are not learnt from."""
-    if judging is None:
-        return None
+def _judged(model: ir.Model, lesson: Lesson, judging: Examples, options: RunOptions) -> np.ndarray:
+    """Return what each sample scores by the runtime's outputs."""
     each = np.zeros(len(judging))
     with runtime.open_session(model, options, optimized=True) as session:
         for feed, members in judging.batches(range(len(judging)), EVALUATION_BATCH):
             output = np.asarray(session.run(feed, only=[lesson.output])[lesson.output])
             labels = None if judging.labels is None else judging.labels[members]
             each[members] = lesson.right(feed, labels, output).reshape(len(members), -1).mean(axis=1)
+    return each
+
+
+def _scored(each: np.ndarray, lesson: Lesson) -> Score:
     return score(lesson.measure, each, is_share=lesson.is_share)
 
 
 def _fingerprint(trained: Mapping[str, Trainable], examples: Examples, settings: Settings, key: object) -> str:
     """Return what tells a run from others: its parameters, samples and settings."""
-    kind = (settings.recipe, settings.augmentation, settings.validation, settings.batchnorm)
+    kind = (settings.recipe, settings.augmentation, settings.validation, settings.folds, settings.batchnorm)
     digest = hashlib.sha256(repr((*kind, tuple(settings.batchnorm_behind), key)).encode())
     for name, each in trained.items():
         digest.update(name.encode() + to_array(each.leaf).tobytes())

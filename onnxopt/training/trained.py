@@ -66,6 +66,7 @@ class Trained:
         before: How well the model did on samples that it did not learn from, as the runtime computes it; None without
             any.
         after: How well the result does.
+        folds: In how many folds the samples were that both figures are of; 0 when some were kept from training.
         trained: Names of the parameters that were trained.
         stored: Those among them that a ConstantOfShape made in every run and that are initializers now.
         unreached: Those that were chosen and that no gradient reaches, because torch has no counterpart for a node
@@ -84,6 +85,7 @@ class Trained:
     targets: tuple[str, ...]
     before: Score | None
     after: Score | None
+    folds: int
     trained: tuple[str, ...]
     stored: tuple[str, ...]
     unreached: tuple[str, ...]
@@ -117,6 +119,8 @@ class Trained:
             told.append(
                 f"{self.after.name.capitalize()} on samples not learnt from: before {self.before}, after {self.after}."
             )
+            if self.folds:
+                told.append(f"These are figures of {self.folds} folds; the model itself was trained on all samples.")
         else:
             told.append("No samples were kept for validation, so nothing says whether the model became better.")
         if self.resumed:

@@ -17,6 +17,7 @@ from onnxopt import runtime
 from onnxopt.contract import Silent
 from onnxopt.errors import DataError, NothingDoneError, UsageError, VerificationError
 from onnxopt.training import forward
+from onnxopt.training.examples import folds, load_examples
 from onnxopt.training.finetune import finetune
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.parameters import find_parameters, with_parameters
@@ -283,6 +284,9 @@ def refusals() -> list[Any]:
         ({"x": x}, y, {"validation": 0.01}, DataError, "Of 6 samples, 0 would judge"),
         ({"x": x}, y, {"blend": 0.0}, UsageError, "blend cannot be 0.0"),
         ({"x": x}, y, {"mix": -1.0}, UsageError, "mix cannot be -1.0"),
+        ({"x": x}, y, {"folds": 1}, UsageError, "folds must be at least 2, or 0 for none"),
+        ({"x": x}, y, {"folds": 7}, DataError, "6 samples cannot be divided into 7 folds"),
+        ({"x": x}, y, {"folds": 2, "validation": 0.2}, UsageError, "folds and validation exclude each other"),
         ({"x": x}, y, {"threads": 0}, UsageError, "threads must be at least 1"),
     ]
 
@@ -317,6 +321,42 @@ def test_parameters_that_no_gradient_reaches_are_told(blobs: Blobs) -> None:
     assert any("No gradient reaches 1 parameter" in sentence for sentence in found.sentences())
     with pytest.raises(NothingDoneError, match='No gradient of "y" reaches'):
         finetune(proto, *blobs, train=["v"])
+
+
+def test_folds_judge_and_the_result_learns_from_all_samples(network: onnx.ModelProto, blobs: Blobs) -> None:
+    options: dict[str, Any] = {"epochs": 5, "learning_rate": 0.02}
+    found = finetune(network, *blobs, **options, folds=3)
+    whole = finetune(network, *blobs, **options, validation=0)
+    assert all(np.array_equal(w, weights(whole.model)[name]) for name, w in weights(found.model).items())
+    assert found.before is not None and found.after is not None and found.before.samples == found.after.samples == 180
+    assert found.after.value > found.before.value + 0.2 and found.best == 5
+    right = 0
+    for outside, inside in folds(load_examples(models.load(network), *blobs), 3, 0):
+        rows = {"x": np.concatenate([feed["x"] for feed in outside.feeds])}
+        model = finetune(network, rows, outside.labels, **options, validation=0).model
+        with runtime.open_session(model, optimized=True) as session:
+            right += int((session.run({"x": blobs[0]["x"][inside]})["y"].argmax(axis=1) == blobs[1][inside]).sum())
+    assert right == round(found.after.value * 180)
+    assert any("figures of 3 folds" in sentence for sentence in found.sentences())
+
+
+def test_folds_that_were_interrupted_go_on(network: onnx.ModelProto, blobs: Blobs, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"epochs": 3, "learning_rate": 0.02, "folds": 2}
+    whole = finetune(network, *blobs, **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(network, *blobs, **options, checkpoint=tmp_path / "run.safetensors", progress=Interrupts("fold 2"))
+    assert [p.name for p in tmp_path.iterdir()] == ["run.fold1.safetensors"]
+    rest = finetune(network, *blobs, **options, checkpoint=tmp_path / "run.safetensors")
+    assert rest.after == whole.after
+    assert all(np.array_equal(w, weights(whole.model)[name]) for name, w in weights(rest.model).items())
+
+
+def test_folds_keep_the_shares_of_classes_and_hold_each_sample_once(network: onnx.ModelProto, blobs: Blobs) -> None:
+    parts = folds(load_examples(models.load(network), *blobs), 4, 0)
+    assert sorted(np.concatenate([inside for _, inside in parts])) == list(range(180))
+    assert all((np.bincount(blobs[1][inside]) == 15).all() and len(outside) == 135 for outside, inside in parts)
+    unlabelled = folds(load_examples(models.load(network), blobs[0], None), 7, 0)
+    assert sorted(len(inside) for _, inside in unlabelled) == [25, 25, 26, 26, 26, 26, 26]
 
 
 def test_a_gradient_of_zero_is_told(blobs: Blobs) -> None:

@@ -86,6 +86,13 @@ def training_options(function: F) -> F:
             "keeps the last epoch unjudged.",
         ),
         click.option(
+            "--folds",
+            metavar="N",
+            type=click.IntRange(min=2),
+            help="Judge by folds instead of --validation: train N times without a part of the samples and judge by it; "
+            "then train on all of them, to the last epoch.",
+        ),
+        click.option(
             "--patience",
             metavar="N",
             type=number,
