@@ -22,6 +22,21 @@ def grid_for(array, mode, axis):
     return MAKERS[mode](low, high, axis)
 
 
+@settings(max_examples=60, deadline=None)
+@given(array=ARRAYS, per_axis=st.booleans())
+def test_float8_is_off_by_a_sixteenth_of_each_number_at_most(array, per_axis):
+    axis = array.ndim - 1 if per_axis else None
+    low, high = grids.value_range(array, axis)
+    grid = grids.float8(low, high, axis)
+    back = grids.dequantize(grids.quantize(array, grid), grid)
+    least = along(grid.scale, axis, array.ndim) * 2.0**-9  # steps of numbers below the normal ones
+    assert np.isfinite(back).all()
+    assert (np.abs(back - array) <= np.abs(array) / 16 * (1 + 1e-5) + least).all()
+    assert (
+        np.abs(back - array).max() <= 2 * grids.error_bound(low, high, grid) * np.abs(array).max() * (1 + 1e-5)
+    ).all()
+
+
 @pytest.mark.parametrize("mode", MAKERS)
 @settings(max_examples=60, deadline=None)
 @given(array=ARRAYS, per_axis=st.booleans())

@@ -13,12 +13,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
 from onnxopt.numeric.blocks import along, as_working, blocks, part
 
 Array = npt.NDArray[Any]
+
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+"""Four bits of exponent, three of mantissa, no infinity (Micikevicius et al., FP8 Formats for Deep Learning, 2022)."""
+
+_FLOAT8_MOST, _FLOAT8_STEP = 448.0, 32.0
+"""Its largest number, and the distance of that to the one before."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,8 +34,8 @@ class Grid:
 
     Attributes:
         scale: Distance between two neighbours. Shape () for the whole tensor, or (size of `axis`,).
-        zero_point: The integer that stands for 0.0. Same shape as `scale`. Its dtype, int8 or uint8, is that of
-            the quantized tensor.
+        zero_point: The integer that stands for 0.0. Same shape as `scale`. Its dtype, int8, uint8 or float8e4m3fn,
+            is that of the quantized tensor.
         axis: The axis that has a scale per index, counted from the front; None for one scale for all.
     """
 
@@ -117,6 +124,22 @@ def asymmetric(low: Array, high: Array, axis: int | None = None, scale_dtype: An
     return Grid(scale, np.asarray(zero_point, np.uint8), axis)
 
 
+def float8(low: Array, high: Array, axis: int | None = None, scale_dtype: Any = None) -> Grid:
+    """Return the grid of float8e4m3fn numbers whose largest reaches the larger of |low| and |high|.
+
+    Its steps grow with the numbers: about a sixteenth of each is the worst error.
+
+    Args:
+        low: Smallest values, finite. Shape () or (size of the axis,).
+        high: Largest values, finite, same shape.
+        axis: What the ranges are for; None for the whole tensor.
+        scale_dtype: Type of the scale; that of `low` by default.
+    """
+    largest = np.maximum(np.abs(low), np.abs(high)).astype(np.float64)
+    scale = _scale(largest / _FLOAT8_MOST, scale_dtype or low.dtype)
+    return Grid(scale, np.zeros(scale.shape, FLOAT8), axis)
+
+
 def _scale(wanted: Array, dtype: Any) -> Array:
     """Round a float64 scale up to a dtype, and replace what is too small to divide by."""
     rounded = wanted.astype(dtype)
@@ -142,18 +165,20 @@ def quantize(array: Array, grid: Grid) -> Array:
     Returns:
         An array of the same shape and of `grid.dtype`.
     """
+    whole = grid.dtype != FLOAT8
     result = np.empty(array.shape, grid.dtype)
     scale, zero_point = as_working(grid.scale), as_working(grid.zero_point)
     if array.dtype == np.float64:
         scale, zero_point = scale.astype(np.float64), zero_point.astype(np.float64)
-    limits = np.iinfo(grid.dtype)
+    least, most = (np.iinfo(grid.dtype).min, np.iinfo(grid.dtype).max) if whole else (-_FLOAT8_MOST, _FLOAT8_MOST)
     for index in blocks(array.shape):
         # numpy makes a number, not an array, of what has no axes
         piece = np.asarray(as_working(array[index]) / part(scale, grid.axis, index))
-        np.rint(piece, out=piece)
-        piece += part(zero_point, grid.axis, index)
-        np.clip(piece, limits.min, limits.max, out=piece)
-        result[index] = piece
+        if whole:
+            np.rint(piece, out=piece)
+            piece += part(zero_point, grid.axis, index)
+        np.clip(piece, least, most, out=piece)
+        result[index] = piece.astype(grid.dtype)
     return result
 
 
@@ -168,7 +193,8 @@ def dequantize(integers: Array, grid: Grid) -> Array:
         An array of the same shape and of the scale's dtype.
     """
     scale = along(grid.scale, grid.axis, integers.ndim)
-    offset = integers.astype(np.int32) - along(grid.zero_point.astype(np.int32), grid.axis, integers.ndim)
+    wide = np.int32 if grid.dtype != FLOAT8 else np.float32
+    offset = integers.astype(wide) - along(grid.zero_point.astype(wide), grid.axis, integers.ndim)
     working = as_working(scale)
     result: Array = (offset.astype(working.dtype) * working).astype(grid.scale.dtype)
     return result
@@ -183,10 +209,11 @@ def error_bound(low: Array, high: Array, grid: Grid) -> float:
         grid: The grid made for them.
 
     Returns:
-        Half a step divided by the range, for the worst channel; 0 when every channel is all zero.
+        Half the widest step divided by the range, for the worst channel; 0 when every channel is all zero.
     """
+    widest = _FLOAT8_STEP if grid.dtype == FLOAT8 else 1.0
     span = np.maximum(high, 0).astype(np.float64) - np.minimum(low, 0).astype(np.float64)
     # A grid can have a step wider than the range only where the range is next to nothing.
-    step = np.minimum(grid.scale.astype(np.float64) / 2, span)
+    step = np.minimum(widest * grid.scale.astype(np.float64) / 2, span)
     ratio = np.divide(step, span, out=np.zeros_like(span), where=span > 0)
     return float(np.max(ratio, initial=0.0))

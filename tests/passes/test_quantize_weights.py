@@ -493,7 +493,7 @@ def test_external_weights_are_read_from_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "maxmin"}, 'quantize-weights: mode is "maxmin"; use symmetric or minmax.'),
+        ({"mode": "maxmin"}, 'quantize-weights: mode is "maxmin"; use symmetric or minmax or float8.'),
         ({"granularity": "row"}, 'quantize-weights: granularity is "row"; use channel or tensor.'),
         ({"form": "qdq"}, 'quantize-weights: form is "qdq"; use fold or dequantize.'),
         ({"min_elements": 0}, "quantize-weights: min_elements is 0; use 1 or more."),

@@ -115,6 +115,32 @@ def test_every_consumer(case, bits, error, block, form, mode):
     assert ir.to_proto(model).SerializeToString(deterministic=True) == again
 
 
+@pytest.mark.parametrize("form", ["fold", "dequantize"])
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+@pytest.mark.parametrize("dtype", ["float", "float16"])
+@pytest.mark.parametrize("case", CONSUMERS)
+def test_float8(case, dtype, granularity, form):
+    model, original = build(case, 19, dtype), build(case, 19, dtype)
+    edits, refusals = apply(model, mode="float8", granularity=granularity, form=form)
+    assert list(edits) == ["w"]
+    assert not refusals
+    stored = {v.const_value.dtype.name for v in model.graph.initializers.values()}
+    assert stored == {"FLOAT8E4M3FN", "FLOAT16" if dtype == "float16" and form == "dequantize" else "FLOAT"}
+    x = feed(case)
+    x = x.astype(np.float16) if dtype == "float16" and x.dtype == np.float32 else x
+    assert 0 < relative(run(model, x=x), run(original, x=x)) < 0.05, "three bits of mantissa"
+    again = ir.to_proto(model).SerializeToString(deterministic=True)
+    assert apply(model, mode="float8") == ({}, {})
+    assert ir.to_proto(model).SerializeToString(deterministic=True) == again
+
+
+def test_the_runtime_folds_float8_away(tmp_path):
+    model = build("MatMul", 19)
+    apply(model, mode="float8")
+    session(model, tmp_path / "m.onnx")
+    assert [n.op_type for n in onnx.load(tmp_path / "m.onnx").graph.node] == ["MatMul"]
+
+
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("block", [0, 16])
 def test_the_runtime_folds_the_default_form_away(bits, block, tmp_path):
@@ -186,6 +212,7 @@ def test_a_square_weight_is_compensated_along_its_inputs():
     ("case", "opset", "options", "reason"),
     [
         ("MatMul", 20, {"bits": 4}, "integers of 4 bits need opset 21, and this graph has 20"),
+        ("MatMul", 18, {"mode": "float8"}, "float8e4m3fn needs opset 19, and this graph has 18"),
         ("MatMul", 24, {"bits": 2}, "integers of 2 bits need opset 25, and this graph has 24"),
         (
             "MatMul",
@@ -254,6 +281,7 @@ def test_scales_of_quantized_products_are_no_weights():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"mode": "float8", "block": 16}, "quantize-weights: mode=float8 goes with bits=8, block=0 and method=rtn."),
         ({"bits": 3}, 'quantize-weights: bits is "3"; use 8 or 4 or 2.'),
         ({"method": "awq"}, 'quantize-weights: method is "awq"; use rtn or mse or gptq.'),
         ({"block": 1}, "quantize-weights: block is 1; use 0 for none, or 2 or more."),
