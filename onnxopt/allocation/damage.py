@@ -29,6 +29,8 @@ TRIAL_SAMPLES = 16
 """So many samples tell how much of what a layer loses reaches the outputs."""
 NOTHING = 1e-12
 """A loss that is rounding."""
+STILL = 1e-6
+"""Outputs that move by so little do not move."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,12 +42,14 @@ class Curve:
         order: Its units in the order in which they go.
         lost: (len(order) + 1,) the square error of the model's outputs by their power, when so many are gone.
         unread: Why the layers behind it could not be read: it is then judged by scores; empty otherwise.
+        measured: Whether what is lost is of the outputs; it is of the scores where no data reach the group.
     """
 
     group: Group
     order: Ints
     lost: Array
     unread: str = ""
+    measured: bool = True
 
 
 def curves(
@@ -87,10 +91,12 @@ def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, outputs
     order = np.argsort(scores, kind="stable")[: max(0, group.units - least)]
     lost = np.concatenate([[0.0], np.cumsum(scores[order]) / max(float(scores.sum()), 1e-30)])
     half = min(len(order), group.units // 2)
+    error = 0.0
     if half and lost[half] > NOTHING and outputs:
-        trial = removal.without(group.roots[order[:half]])
-        lost *= _share(_error(removal.model, trial, outputs, ctx), float(lost[half]))
-    return Curve(group, order, lost, seen.unread)
+        error = _error(removal.model, removal.without(group.roots[order[:half]]), outputs, ctx)
+    if error <= STILL:  # a branch that no sample runs is not worth nothing
+        return Curve(group, order, lost, seen.unread, measured=False)
+    return Curve(group, order, lost * _share(error, float(lost[half])), seen.unread)
 
 
 def _reaching(model: ir.Model, seen: Seen, order: Order, outputs: Sequence[str], ctx: Context) -> float:

@@ -45,9 +45,11 @@ class Share:
         return self.importance if self.loss is None else Damage(math.sqrt(max(0.0, self.loss)), "outputs")
 
     def __str__(self) -> str:
-        """Return e.g. `, outputs expected to move by 1.2%`; nothing when it is not known."""
+        """Return e.g. `, outputs expected to move by 1.2%`; nothing when only scores were asked for."""
         if self.loss is None:
-            return ""
+            return (
+                f", by their scores: the outputs do not show what they are worth ({self.unread})" if self.unread else ""
+            )
         without = f" without repair ({self.unread})" if self.unread else ""
         return f", outputs expected to move by {math.sqrt(self.loss):.1%}{without}"
 
@@ -137,7 +139,9 @@ class Allocation:
 
     def _shares(self, gone: Array) -> dict[str, Share]:
         return {
-            curve.group.name: Share(np.sort(curve.order[:count]), float(curve.lost[count]), curve.unread)
+            curve.group.name: Share(
+                np.sort(curve.order[:count]), float(curve.lost[count]) if curve.measured else None, curve.unread
+            )
             for curve, count in zip(self._curves, gone.tolist(), strict=True)
         }
 

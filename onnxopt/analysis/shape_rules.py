@@ -476,7 +476,9 @@ def _split_part(made: View, position: int) -> PartialShape:
         if not -len(lengths) <= position < len(lengths):
             raise Unknown
         return (*shape[:axis], lengths[position], *shape[axis + 1 :])
-    length = lengths[0]
+    length, whole = lengths[0], shape[axis]
+    if position < 0 and isinstance(whole, int) and length > 0:
+        position += -(-whole // length)
     if position < 0 or length <= 0:
         raise Unknown
     return (*shape[:axis], dims.minimum(length, shape[axis] - position * length), *shape[axis + 1 :])

@@ -42,9 +42,16 @@ def observe(model: ir.Model, coupling: Coupling, calibration: Calibration) -> Ac
 
 
 def multiplied(sink: Sink) -> tuple[ir.Value, int] | None:
-    """Return the value, and its axis, that the weight of a sink is multiplied by."""
-    value = None if sink.other is None else sink.node.inputs[sink.other[0]]
-    return None if value is None or sink.other is None else (value, sink.other[1])
+    """Return the value, and its axis, that the weight of a sink is multiplied by.
+
+    For the state of a recurrent layer these are the outputs of all steps.
+    """
+    if sink.other is not None:
+        value = sink.node.inputs[sink.other[0]]
+        return None if value is None else (value, sink.other[1])
+    if sink.later is None or not sink.node.outputs[sink.later[0]].name:
+        return None
+    return sink.node.outputs[sink.later[0]], sink.later[1]
 
 
 def activation(group: Group, coupling: Coupling, activity: Activity) -> Scores | None:

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxopt.analysis.fills import fill
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.weights import FLOATS
-from onnxopt.coupling import rules, rules_attention, rules_nn
+from onnxopt.coupling import rules, rules_attention, rules_nn, rules_sequences
 from onnxopt.coupling.builder import Axis, Builder, Opaque, Sink, label
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.rewrites import Rewrite
@@ -27,7 +27,7 @@ from onnxopt.coupling.stored import stored
 from onnxopt.graph import STANDARD_DOMAINS, bodies, constant_tensor, has_references, scopes
 
 _TABLES: Mapping[str, Mapping[str, rules.Rule]] = {
-    "": {**rules.RULES, **rules_nn.RULES, **rules_attention.STANDARD},
+    "": {**rules.RULES, **rules_nn.RULES, **rules_attention.STANDARD, **rules_sequences.RULES},
     "com.microsoft": {**rules_nn.MICROSOFT, **rules_attention.MICROSOFT},
 }
 _CANNOT_FOLLOW = (Opaque, IndexError, ValueError, KeyError, ZeroDivisionError)

@@ -41,12 +41,14 @@ class Sink:
         index: Which of its inputs: the weight where it has one.
         axis: The axis of this input.
         other: The input and its axis that it is multiplied by, where that is a value of the graph.
+        later: The output and its axis that holds what it is multiplied by in the next step.
     """
 
     node: ir.Node
     index: int
     axis: int
     other: tuple[int, int] | None = None
+    later: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -216,9 +218,16 @@ class Builder:
         """Some indexes must stay."""
         self._frozen.append((ids, self._reason(reason)))
 
-    def sink(self, node: ir.Node, index: int, axis: int, other: tuple[int, int] | None = None) -> None:
-        """Products are summed up along an axis of an input and one of another input."""
-        self.sinks.append(Sink(node, index, axis, other))
+    def sink(
+        self,
+        node: ir.Node,
+        index: int,
+        axis: int,
+        other: tuple[int, int] | None = None,
+        later: tuple[int, int] | None = None,
+    ) -> None:
+        """Products are summed up along an axis of an input and one of another input; see `Sink`."""
+        self.sinks.append(Sink(node, index, axis, other, later))
 
     def choose(self, node: ir.Node, ways: Sequence[Way]) -> None:
         """Follow the first of the ways that leaves two or more sets that can be removed."""

@@ -186,10 +186,12 @@ def by_weights(group: Group) -> list[Outlet]:
     """Return the outlets of a group with products of the rows of weights that make the units, in place of data."""
     rows = []
     for member in group.makers:
-        if len(member.units) == group.units * group.span and (member.units >= 0).all():
+        inside = np.flatnonzero(member.units >= 0)
+        counts = np.bincount(member.units[inside], minlength=group.units)
+        if counts[0] and (counts == counts[0]).all():  # several where gates, or query, key and value lie in one weight
             array = np.moveaxis(member.tensor.numpy(), member.axis, 0).astype(np.float64)
-            order = np.argsort(member.units, kind="stable")
-            rows.append(array.reshape(len(member.units), -1)[order].reshape(group.units, -1))
+            order = inside[np.argsort(member.units[inside], kind="stable")]
+            rows.append(array[order].reshape(group.units, -1))
     if not rows:
         return []
     joined = np.concatenate(rows, axis=1)

@@ -38,7 +38,8 @@ def preparations(model: ir.Model, coupling: Coupling, evaluate: Evaluate) -> Ite
     if shared:
         clone = model.clone()
         copy_apart(clone, shared_vectors(clone))
-        if _removable(analyse(clone)) > free:
+        apart = analyse(clone)
+        if _removable(apart) > free or len(apart.groups) > len(coupling.groups):
             summary = f"small constants that nodes share ({len(shared)}): a copy for each, to be cut on its own"
             yield shared[0], summary, functools.partial(copy_apart, model, shared)
 

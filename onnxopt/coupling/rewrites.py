@@ -117,6 +117,25 @@ class SetSplit(Rewrite):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class SetParts(Rewrite):
+    """The sizes of the parts of a SplitToSequence.
+
+    Attributes:
+        axis: The axis that is split.
+        bounds: Where the parts began, and where the last one ended.
+    """
+
+    axis: int
+    bounds: tuple[int, ...]
+
+    def apply(self, edit: Edit) -> None:
+        """Count again, also where they were equal shares."""
+        parts = np.split(edit.kept(self.watch[0], self.axis), self.bounds[1:-1])
+        sizes = np.array([part.sum() for part in parts], np.int64)
+        edit.set_input(self.node, 1, edit.constant(f"{self.node.outputs[0].name}_split", sizes))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SetBounds(Rewrite):
     """Where a Slice begins and ends on an axis.
 

@@ -132,7 +132,7 @@ def recurrent(builder: Builder, node: ir.Node) -> None:
     builder.known_ids(weight, 1)  # the weight, which comes first, gives the group its name
     units = builder.known_ids(inner, 2)
     builder.sink(node, 1, 2, (0, 2))
-    builder.sink(node, 2, 2)
+    builder.sink(node, 2, 2, later=(0, 3))
     per_unit = [(weight, 1, gates), (inner, 1, gates), (_optional(node, 3), 1, 2 * gates), (_optional(node, 7), 1, 3)]
     per_unit += [(_optional(node, index), 2, 1) for index in (5, 6)]
     per_unit += [(output if output.name else None, -1, 1) for output in node.outputs]

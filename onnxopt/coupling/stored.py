@@ -19,7 +19,7 @@ def stored(value: ir.Value, axis: int) -> tuple[ir.Value, int]:
     found, place = value, axis
     while constant_tensor(found) is None:
         source = _viewed(found)
-        if source is None or only_use(found) is None or only_use(source) is not found.producer():
+        if source is None or only_use(source) is not found.producer():
             return value, axis
         node = found.producer()
         if node is not None and is_op(node, "Transpose"):

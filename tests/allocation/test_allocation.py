@@ -211,6 +211,31 @@ def test_the_report_says_which_groups_were_judged_without_repair() -> None:
     assert made["u"].endswith(f"% without repair {why}")
 
 
+def test_a_branch_that_no_sample_runs_is_not_worth_nothing() -> None:
+    model = declare(
+        """(float[4,8] x) => (float[4,3] y) {
+            m = ReduceMax<keepdims = 0>(x) c = Greater(m, huge)
+            y = If (c) <
+                then_branch = t () => (float[4,3] p) { a = MatMul(x, u) r = Relu(a) p = MatMul(r, v) },
+                else_branch = e () => (float[4,3] q) { q = MatMul(x, w) }
+            > }""",
+        huge=np.float32(1e9),
+        u=random(8, 16),
+        v=random(16, 3),
+        w=random(8, 3),
+    )
+    coupling, ctx = analyse(model), context(model, 4, 8)
+    (curve,) = curves(model, coupling, ctx, lambda group: 1, magnitude)
+    assert not curve.measured
+    scores = magnitude(curve.group)
+    np.testing.assert_allclose(curve.lost[-1], 1 - scores.max() / scores.sum())
+    made = edits(model, ctx, ratio=0.5, repair=False)
+    assert made["u"] == (
+        "16 to 8 channels, by their scores: the outputs do not show what they are worth "
+        "(MatMul p is in a body of If, Loop or Scan)"
+    )
+
+
 def test_a_weight_behind_a_transpose_is_judged_like_one_that_is_stored_so() -> None:
     head = "(float[9,8] x) => (float[9,4] y) { a = MatMul(x, u) r = Relu(a)"
     weights = {"u": random(8, 32), "v": random(32, 32, seed=1), "w": random(32, 4, seed=2)}

@@ -115,6 +115,36 @@ def test_unequal_parts_get_sizes(prune):
     assert done.node("Split").inputs[1].const_value.numpy().tolist() == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "left"), [(np.array([4, 2, 6]), [2, 1, 3]), (np.array(4), [2, 2, 2]), (np.array(5), [2, 2, 1])]
+)
+def test_a_sequence_of_parts(prune, sizes, left):
+    first, second, third = np.split(np.ones(12), np.cumsum(sizes if sizes.ndim else [sizes] * (12 // sizes))[:2])
+    done = prune(
+        """(float[2,3] x) => (float[2,5] y) {
+        a = MatMul(x, w) s = SplitToSequence <axis = 1> (a, sizes) b = SequenceAt(s, first) c = SequenceAt(s, second)
+        d = SequenceAt(s, last) e = MatMul(b, u) f = MatMul(c, v) g = MatMul(d, t) h = Add(e, f) y = Add(g, h) }""",
+        {"sizes": sizes, "first": np.array(0), "second": np.array(1), "last": np.array(-1)},
+        w=(3, 12), u=(len(first), 5), v=(len(second), 5), t=(len(third), 5),
+    )  # fmt: skip
+    assert list(done.groups.values()) == [len(first), len(second), len(third)]
+    assert done.node("SplitToSequence").inputs[1].const_value.numpy().tolist() == left
+
+
+@pytest.mark.parametrize("more", ["z = SequenceLength(s)", "z = SequenceAt(s, place)"])
+def test_a_sequence_of_which_more_is_asked_keeps_its_parts(build, more):
+    text = """(float[2,3] x, int64 place) => (float[2,5] y, z) {
+        a = MatMul(x, w) s = SplitToSequence <axis = 1> (a, four) b = SequenceAt(s, one) MORE y = MatMul(b, u) }"""
+    model = build(
+        text.replace("MORE", more).replace(", z)", ", int64 z)" if "Length" in more else ", float[2,4] z)"),
+        {"four": np.array(4), "one": np.array(1)}, w=(3, 12), u=(4, 5),
+    )  # fmt: skip
+    coupling = analyse(model)
+    assert coupling.groups == ()
+    why = coupling.frozen(model.graph.initializers["w"], 1)
+    assert why == "SplitToSequence s is not followed: more is done with the sequence than to take its parts"
+
+
 def test_split_of_old_opsets(prune):
     done = prune(
         """(float[2,3] x) => (float[2,5] y) {

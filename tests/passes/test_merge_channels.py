@@ -12,6 +12,8 @@ from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.cli import cli
 from onnxopt.contract import Context, Refusal
+from onnxopt.coupling.analysis import analyse
+from onnxopt.coupling.likeness import by_weights
 from onnxopt.errors import UsageError
 from onnxopt.passes.prune.merge_channels import MergeChannels
 from onnxopt.removed import Change, Width
@@ -114,6 +116,53 @@ def test_what_is_multiplied_by_other_results_is_left_alone():
     assert [item.reason for item in found] == [
         "it is also multiplied by other results, which cannot be summed up ahead"
     ]
+
+
+def test_gated_neurons_are_judged_by_both_weights_that_make_them():
+    half = random(16, 8)
+    model = build(
+        "(float[2,16] x) => (float[2,4] y) { a = MatMul(x, w) b, c = Split<axis = 1>(a) d = Mul(b, c) y = MatMul(d, v) }",
+        opset=12, w=np.concatenate([half, half, random(16, 16, seed=2)], axis=1), v=random(16, 4, seed=1),
+    )  # fmt: skip
+    (group,) = analyse(model).groups
+    ((outlet),) = by_weights(group)
+    both = np.stack(np.split(model.graph.initializers["w"].const_value.numpy().T.astype(np.float64), 2), axis=1)
+    np.testing.assert_allclose(outlet.gram, np.einsum("ikj,lkj->il", both, both))
+    (edit,) = MergeChannels(ratio=0.5).run(model, context(model))
+    assert edit.summary == "16 to 8 channels, the others merged into them"
+
+
+@pytest.mark.parametrize("data", [True, False])
+def test_hidden_units_that_do_the_same_merge_without_loss(data):
+    w, r = random(1, 4, 4, 5), random(1, 4, 4, 8, seed=1) / 4  # gates, then units
+    model = build(
+        """(float[6,2,5] x) => (float[6,1,2,3] z) {
+        y = LSTM<hidden_size = 8>(x, w, r) z = MatMul(y, v) }""",
+        w=np.concatenate([w, w], axis=2).reshape(1, 32, 5),
+        r=np.concatenate([r, r], axis=2).reshape(1, 32, 8), v=random(8, 3, seed=2),
+    )  # fmt: skip
+    x = random(6, 2, 5, seed=3)
+    before = run(model, x)
+    (edit,) = MergeChannels(ratio=0.5).run(model, context(model, [{"x": x}] if data else None))
+    edit.apply()
+    assert list(model.graph.initializers["r"].const_value.shape) == [1, 16, 4]
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(run(edit.reference(), x), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_that_layers_share_behind_a_transpose_merges():
+    half = random(16, 8)
+    model = build(
+        """(float[5,16] x) => (float[5,16] y) {
+        t = Transpose(v) a = MatMul(x, w) b = Relu(a) c = MatMul(b, t) d = MatMul(c, w) e = Relu(d) y = MatMul(e, t) }""",
+        w=np.concatenate([half, 2 * half], axis=1), v=random(16, 16, seed=1) / 8,
+    )  # fmt: skip
+    x = random(5, 16, seed=2)
+    before = run(model, x)
+    (edit,) = MergeChannels(ratio=0.5).run(model, context(model, [{"x": x}]))
+    edit.apply()
+    assert list(model.graph.initializers["v"].const_value.shape) == [16, 8]
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-4)
 
 
 def test_too_few_channels():

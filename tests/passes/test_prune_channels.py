@@ -173,6 +173,23 @@ def test_vectors_that_layers_share_are_copied_where_that_frees_channels():
     assert [edit.summary for edit in alone.applied] == ["16 to 8 channels"]
 
 
+def test_layers_that_share_a_vector_through_an_identity_are_pruned_apart():
+    text = """(float[2,16] x) => (float[2,4] y) {
+        a = Gemm(x, w, zeros) r = Relu(a) same = Identity(zeros) c = Gemm(r, v, same) s = Relu(c) y = MatMul(s, u) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 17]> agraph {text}')
+    rng = np.random.default_rng(0)
+    for name, shape in {"w": (16, 32), "v": (32, 32), "u": (32, 4), "zeros": (32,)}.items():
+        array = rng.normal(size=shape).astype(np.float32) * (name != "zeros")
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    model, report = optimize(ir.from_proto(proto))
+    assert [(edit.site.output, edit.summary) for edit in report.applied] == [
+        ("zeros", "small constants that nodes share (1): a copy for each, to be cut on its own"),
+        ("w", "32 to 16 channels"),
+        ("v", "32 to 16 channels"),
+    ]
+    assert {node.op_type for node in model.graph} == {"Gemm", "MatMul", "Relu"}
+
+
 def calibrated(model, feeds):
     data = calibration(feeds, real=True)
     return Context(target="portable", seed=0, evaluate=lambda *_: None, shapes=Shapes(model), calibration=data)
