@@ -17,7 +17,9 @@ from onnxopt.coupling.sizes import with_elements
 from onnxopt.graph import (
     Names,
     all_nodes,
+    bodies,
     constant_tensor,
+    copied,
     drop_unused_constants,
     insert_before,
     is_op,
@@ -25,7 +27,6 @@ from onnxopt.graph import (
     remove_unused,
     scopes,
 )
-from onnxopt.proto.collector import garbage_collection_paused
 
 
 class Removal:
@@ -36,12 +37,21 @@ class Removal:
         coupling: The analysis.
     """
 
-    def __init__(self, model: ir.Model, coupling: Coupling) -> None:
-        """Remove nothing yet."""
+    def __init__(self, model: ir.Model, coupling: Coupling, original: ir.Model | None = None) -> None:
+        """Remove nothing yet.
+
+        Args:
+            model: See above.
+            coupling: See above.
+            original: What the result is compared with: the model as it was before what it computes from constants was
+                stored. None for the model as it is.
+        """
         self.model, self.coupling = model, coupling
-        self._original = _clone(model)
-        self._counterparts = dict(zip(_constants(model), _constants(self._original), strict=True))
-        self._order = {node: index for index, node in enumerate(all_nodes(model))}
+        self._original = copied(original or model)
+        self._tensors = {value: tensor for value in _constants(model) if (tensor := constant_tensor(value)) is not None}
+        self._replaced: dict[ir.Value, npt.NDArray[Any]] = {}
+        places = {node: index for index, node in enumerate(all_nodes(self._original))}
+        self._order = {node: places[other] for node, other in _pairs(model.graph, self._original.graph)}
         self._names = Names(model)
         self._kept: Mask = np.ones(len(coupling.labels), bool)
         self._axis_of = np.repeat(np.arange(len(coupling.axes)), [axis.size for axis in coupling.axes])
@@ -83,22 +93,16 @@ class Removal:
             value: The constant.
             array: All of its elements, also those that were removed.
         """
-        for constant in (value, self._counterparts[value]):
-            tensor = constant_tensor(constant)
-            assert tensor is not None, "only constants have numbers"
-            _set_tensor(constant, array, tensor)
-        tensor = constant_tensor(value)
-        assert tensor is not None, "it was set"
-        for axis in range(len(tensor.shape)):
+        self._replaced[value] = array
+        for axis in range(array.ndim):
             if (value, axis) in self._place:
                 array = np.compress(self.kept(value, axis), array, axis=axis)
-        _set_tensor(value, array, tensor)
+        _set_tensor(value, array, self._tensors[value])
 
     def whole(self, value: ir.Value) -> npt.NDArray[Any]:
         """Return a constant with all of its elements, also those that were removed."""
-        tensor = constant_tensor(self._counterparts[value])
-        assert tensor is not None, "only constants have numbers"
-        return tensor.numpy()
+        found = self._replaced.get(value)
+        return self._tensors[value].numpy() if found is None else found
 
     @property
     def remaining(self) -> Mapping[str, Mapping[int, Ints]]:
@@ -125,9 +129,13 @@ class Removal:
         return self._zeroed(self._kept & ~np.isin(self.coupling.labels, roots))
 
     def _zeroed(self, all_kept: Mask) -> ir.Model:
-        clone = _clone(self._original)
+        clone = copied(self._original)
         names = Names(clone)
         nodes = list(all_nodes(clone))
+        for constant, array in self._replaced.items():
+            tensor = self._tensors[constant]
+            for use in constant.uses():
+                _exchange(clone, names, nodes[self._order[use.node]], use.idx, tensor, array)
         for sink in self.coupling.sinks:
             value = sink.node.inputs[sink.index]
             assert value is not None, "rules name inputs that are there"
@@ -195,7 +203,7 @@ class Removal:
 
 
 def _constants(model: ir.Model) -> Iterator[ir.Value]:
-    """Yield the constants of a model in an order that its clones share."""
+    """Yield what may be a constant of a model."""
     for scope in scopes(model):
         yield from scope.graph.initializers.values()
         for node in scope.graph:
@@ -203,11 +211,14 @@ def _constants(model: ir.Model) -> Iterator[ir.Value]:
                 yield node.outputs[0]
 
 
-def _clone(model: ir.Model) -> ir.Model:
-    with garbage_collection_paused():
-        copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
+def _pairs(graph: ir.Graph, original: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
+    """Yield the nodes of a graph and its bodies with those of the original that have the same outputs."""
+    others = {tuple(value.name for value in node.outputs): node for node in original}
+    for node in graph:
+        other = others[tuple(value.name for value in node.outputs)]
+        yield node, other
+        for (_, body), (_, counterpart) in zip(bodies(node), bodies(other), strict=True):
+            yield from _pairs(body, counterpart)
 
 
 def _shorten(value: ir.Value, masks: Mapping[int, Mask]) -> None:
@@ -235,6 +246,23 @@ def _set_tensor(value: ir.Value, array: npt.NDArray[Any], old: ir.TensorProtocol
     for name in list(node.attributes):
         node.attributes.pop(name)
     node.attributes["value"] = ir.AttrTensor("value", new)
+
+
+def _exchange(
+    model: ir.Model, names: Names, node: ir.Node, index: int, tensor: ir.TensorProtocol, array: npt.NDArray[Any]
+) -> None:
+    """Give a node other numbers than those of a tensor: their difference is added where they are computed."""
+    value = node.inputs[index]
+    assert value is not None, "a clone has the inputs of the original"
+    if constant_tensor(value) is not None:
+        node.replace_input_with(
+            index, _add(model, names, f"{value.name}_changed", ir.tensor(array, dtype=tensor.dtype))
+        )
+        return
+    change = ir.tensor(array - tensor.numpy(), dtype=tensor.dtype)
+    total = make_node(names, "Add", [value, _add(model, names, f"{value.name}_change", change)], like=value)
+    insert_before(node, total)
+    node.replace_input_with(index, total.outputs[0])
 
 
 def _zero(model: ir.Model, names: Names, node: ir.Node, index: int, factor: ir.TensorProtocol) -> None:

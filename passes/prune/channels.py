@@ -120,14 +120,15 @@ class PruneChannels(GraphPass):
         original = copied(model)
         coupling = analyse(model, ctx.shapes)
         for value, summary, apply in preparations(model, coupling, ctx.evaluate):
-            yield Edit(Site(self.name, "", value.name or ""), summary, apply)
+            reference = functools.partial(copied, original)
+            yield Edit(Site(self.name, "", value.name or ""), summary, apply, reference=reference)
             coupling = analyse(model, ctx.shapes)
         yield from self._refusals(model, coupling)
         shares = self._shares(model, coupling, ctx)
         if isinstance(shares, Refusal):
             yield shares
             return
-        removal = Removal(model, coupling)
+        removal = Removal(model, coupling, original)
         ledger = Ledger(removal)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         for group in coupling.groups:

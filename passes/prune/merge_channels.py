@@ -17,7 +17,7 @@ from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept
 from onnxopt.errors import UsageError
-from onnxopt.graph import scopes
+from onnxopt.graph import copied, scopes
 from onnxopt.removed import Damage, Goal
 
 
@@ -66,9 +66,11 @@ class MergeChannels(GraphPass):
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield one edit per group of channels that go together."""
+        original = copied(model)
         coupling = analyse(model, ctx.shapes)
         for value, summary, apply in preparations(model, coupling, ctx.evaluate):
-            yield Edit(Site(self.name, "", value.name or ""), summary, apply)
+            reference = functools.partial(copied, original)
+            yield Edit(Site(self.name, "", value.name or ""), summary, apply, reference=reference)
             coupling = analyse(model, ctx.shapes)
         paths = {scope.graph: scope.path for scope in scopes(model)}
         sites = {group.name: Site(self.name, paths[group.makers[0].graph], group.name) for group in coupling.groups}
@@ -85,7 +87,7 @@ class MergeChannels(GraphPass):
                 wanted[group.name] = counts[group.name]
         # All of it before the first edit: the model that is looked at is the original.
         found = list(plans(model, coupling, wanted, ctx.calibration))
-        removal = Removal(model, coupling)
+        removal = Removal(model, coupling, original)
         ledger = Ledger(removal)
         seen: Literal["weights", "activations"] = "weights" if ctx.calibration is None else "activations"
         for group, plan in found:

@@ -5,8 +5,12 @@ import pytest
 
 import onnxopt
 from onnxopt import feeds
+from onnxopt.analysis.evaluation import compute
 from onnxopt.analysis.inspect import summary_stats
+from onnxopt.coupling import constants
+from onnxopt.coupling.analysis import analyse
 from onnxopt.coupling.constants import computed_weights, store_computed
+from onnxopt.coupling.removal import Removal
 from onnxopt.runtime import evaluate_node
 from onnxopt.verify import Verifier
 
@@ -31,6 +35,39 @@ def test_standardized_weights_are_stored_and_cut(build, name):
     ]
     assert pruned.graph.initializers["v"].const_value.shape == (5, 8, 1, 1)
     assert {node.op_type for node in pruned.graph} == {"Conv", "Relu"}
+
+
+@pytest.mark.parametrize("name", ["prune-channels", "merge-channels"])
+def test_weights_that_are_stored_wrongly_are_found_out(build, monkeypatch, name):
+    def compute_wrongly(*arguments):
+        return [array * 1.01 for array in compute(*arguments)]
+
+    monkeypatch.setattr(constants, "compute", compute_wrongly)
+    text = STANDARDIZED.replace("a = Conv(x, w) r = Relu(a)", "b = Conv(x, o) c = Relu(b) a = Conv(c, w) r = Relu(a)")
+    model = build(text, o=(8, 3, 1, 1), w=(16, 8, 1, 1), u=(5, 16, 1, 1))
+    pruned, report = optimize(model, f"{name}{{ratio=0.5}}")
+    (dropped,) = report.passes[0].dropped
+    assert dropped.site.output == "v"
+    assert dropped.summary.startswith("weights that nodes compute from constants (1): stored")
+    assert [edit.summary.partition(" channels")[0] for edit in report.passes[0].applied] == ["8 to 4"]
+    assert any(node.op_type == "ReduceMean" for node in pruned.graph)
+
+
+def test_what_pruning_is_compared_with_computes_its_weights_itself(build):
+    model = build(STANDARDIZED, w=(16, 3, 1, 1), u=(5, 16, 1, 1))
+    original = model.clone()
+    store_computed(model, computed_weights(model), evaluate_node)
+    coupling = analyse(model)
+    removal = Removal(model, coupling, original)
+    (group,) = coupling.groups
+    weight = next(m.value for m in group.members if m.consumes)
+    removal.replace(weight, 2 * removal.whole(weight))
+    removal.remove(group.roots[:8])
+    reference = removal.zeroed()
+    assert [node.op_type for node in reference.graph].count("ReduceMean") == 2
+    checked = Verifier(reference, feeds.generate(original, sets=2)).check(model)
+    assert checked.ok, checked.reason
+    assert {node.op_type for node in model.graph} == {"Conv", "Relu"}
 
 
 def test_what_is_stored_equals_what_was_computed(build):

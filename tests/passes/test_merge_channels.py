@@ -125,7 +125,7 @@ def test_gated_neurons_are_judged_by_both_weights_that_make_them():
         opset=12, w=np.concatenate([half, half, random(16, 16, seed=2)], axis=1), v=random(16, 4, seed=1),
     )  # fmt: skip
     (group,) = analyse(model).groups
-    ((outlet),) = by_weights(group)
+    (outlet,) = by_weights(group)
     both = np.stack(np.split(model.graph.initializers["w"].const_value.numpy().T.astype(np.float64), 2), axis=1)
     np.testing.assert_allclose(outlet.gram, np.einsum("ikj,lkj->il", both, both))
     (edit,) = MergeChannels(ratio=0.5).run(model, context(model))
