@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from onnxopt.pipeline import spec
 from onnxopt.removed import Change, Damage, Removed
 from onnxopt.report import words
 from onnxopt.report.data import Reached
@@ -145,8 +146,9 @@ def reached(
         reports: What each of them did; those whose edits do not stand have nothing to tell.
         measurement: The time of the result by that of the original.
     """
-    for graph_pass, done in zip(passes, reports, strict=True):
-        goal = graph_pass.goal()
+    goals = {spec(graph_pass): goal for graph_pass in passes if (goal := graph_pass.goal()) is not None}
+    for done in reports:
+        goal = goals.get(done.spec)
         removed = [edit.removed for edit in done.applied if edit.removed is not None]
         if goal is None or not removed:
             continue

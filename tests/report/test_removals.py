@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from onnxopt.contract import AppliedEdit, PassReport, Site
+from onnxopt.passes.prune.channels import PruneChannels
+from onnxopt.passes.prune.prune_weights import PruneWeights
+from onnxopt.pipeline import spec
+from onnxopt.removed import Change, Removed
+from onnxopt.report.data import Reached, Report
+from onnxopt.report.removals import reached, tables
+
+
+def report_of(graph_pass: Any, *removed: Removed) -> PassReport:
+    edits = tuple(AppliedEdit(Site(graph_pass.name, "", r.name), "x", r) for r in removed)
+    status: Any = "kept" if edits else "dropped"
+    return PassReport(graph_pass.name, spec(graph_pass), "approximate", status, "", edits, (), (), 0.1)
+
+
+@pytest.fixture
+def group(removals: Report) -> Removed:
+    """A group: 16 of 200 channels go, and 32 of 1,000 parameters."""
+    found = removals.passes[-1].applied[0].removed
+    assert found is not None
+    return found
+
+
+def test_what_is_left_goes_from_the_first_edit_to_the_last(group: Removed) -> None:
+    second = dataclasses.replace(group, channels=Change(184, 100), parameters=Change(968, 250))
+    for graph_pass, of, asked, left in (
+        (PruneChannels(ratio=0.5), "channels", 0.5, 0.5),
+        (PruneChannels(params=0.3), "parameters", 0.3, 0.25),
+    ):
+        (found,) = reached([graph_pass], [report_of(graph_pass, group, second)], None)
+        assert found == Reached(spec(graph_pass), of, asked, left)  # type: ignore[arg-type]
+
+
+def test_time_is_that_of_the_result(group: Removed, removals: Report) -> None:
+    graph_pass = PruneChannels(latency=0.9)
+    done = report_of(graph_pass, group)
+    (found,) = reached([graph_pass], [done], removals.measurement)
+    assert (found.of, found.asked, found.reached, found.low, found.high) == ("time", 0.9, 0.893, 0.87, 0.917)
+    (unmeasured,) = reached([graph_pass], [done], None)
+    assert (unmeasured.reached, unmeasured.low, unmeasured.high) == (None, None, None)
+
+
+def test_passes_without_a_goal_or_without_edits_tell_nothing(group: Removed) -> None:
+    prune, zeros = PruneChannels(), PruneWeights(ratio=0.5)
+    reports = [report_of(zeros), report_of(prune)]
+    assert list(reached([prune, zeros], reports, None)) == []
+    assert list(reached([], [], None)) == []
+
+
+def test_passes_are_found_by_what_they_are_wherever_they_stand(group: Removed) -> None:
+    prune, zeros = PruneChannels(), PruneWeights(ratio=0.5)
+    (found,) = reached([prune, zeros], [report_of(zeros), report_of(prune, group)], None)
+    assert found.spec == spec(prune)
+
+
+def test_parts_are_of_what_the_pass_found(group: Removed) -> None:
+    second = dataclasses.replace(group, parameters=Change(968, 500), macs=Change(40_000, 20_000))
+    (table,) = tables([report_of(PruneChannels(), group, second), report_of(PruneWeights(ratio=0.5))])
+    assert [round(line.parameters, 3) for line in table.lines] == [0.032, 0.468]
+    assert [line.macs for line in table.lines] == [0.2, 0.4]
+    assert table.parameters == Change(1000, 500)
