@@ -8,6 +8,7 @@ passes here: what they make is what is looked at.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import pytest
 import onnxopt
 from onnxopt.feeds import load_data
 from onnxopt.runtime import RunOptions, open_session
+from onnxopt.search import hunt, lab
 
 Feed = dict[str, np.ndarray]
 N = 128
@@ -37,6 +39,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "quantize-weights": ("quantize-weights", "portable"),
     "quantize-weights, dequantized": ("quantize-weights{form=dequantize}", "portable"),
     "quantize-weights, with zero points": ("quantize-weights{mode=minmax}", "portable"),
+    "quantize-weights, float8": ("quantize-weights{mode=float8}", "portable"),
     "quantize-weights, learnt": ("quantize-weights{method=gptq,block=32}", "portable"),
     "quantize-matmul, learnt": ("quantize-matmul{bits=8,method=gptq}", "cpu"),
     "store-float16": ("store-float16", "portable"),
@@ -354,7 +357,7 @@ def compare(wanted: list[Feed], got: list[Feed], allowed: float) -> None:
 def test_the_traps_are_not_all_refused(how: str, tmp_path: Path) -> None:
     """A pass that refuses everything would pass the others."""
     pipeline, target = PASSES[how]
-    for trap in (two_layers_share_a_weight(), old_opset(12), dynamic_axes(), old_opset(11)):
+    for trap in (two_layers_share_a_weight(), old_opset(12), dynamic_axes(), old_opset(11), old_opset(19)):
         np.savez(tmp_path / "data.npz", **{f"{i}/{n}": a for i, feed in enumerate(trap.feeds) for n, a in feed.items()})
         data = load_data(str(tmp_path / "data.npz"), onnxopt.load(trap.model))
         result = onnxopt.optimize(
@@ -368,3 +371,27 @@ def test_the_traps_are_not_all_refused(how: str, tmp_path: Path) -> None:
         if result.report.applied:
             return
     pytest.fail(f"{how} found nothing to do")
+
+
+@pytest.mark.parametrize("name", ["contrib_operators", "opset_9", "tied_weights", "branches", "nan_activations"])
+def test_a_whole_search_survives_the_traps(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None of its candidates crashes, and what it ends with computes what the original does."""
+    stopwatch = onnxopt.measure
+
+    def short(*models: Any, **options: Any) -> Any:
+        return stopwatch(*models, **(options | {"budget_seconds": 0.05, "memory": False}))
+
+    monkeypatch.setattr(importlib.import_module("onnxopt.ground"), "measure_models", short)
+    monkeypatch.setattr(lab, "measure", short)
+    monkeypatch.setattr(hunt, "CONFIRMING_SECONDS", (0.05,))
+    trap = TRAPS[name]()
+    np.savez(tmp_path / "data.npz", **{f"{i}/{n}": a for i, feed in enumerate(trap.feeds) for n, a in feed.items()})
+    data = load_data(str(tmp_path / "data.npz"), onnxopt.load(trap.model))
+    result = onnxopt.optimize(trap.model, target="cpu", data=data, max_error=0.15)
+    assert result.report.search is not None
+    tried = result.report.search.candidates
+    assert len(tried) > 3
+    for candidate in tried:
+        lost_nan = candidate.reason.startswith("output") and "where the original has NaN" in candidate.reason
+        assert candidate.status != "failed" or lost_nan, f"{candidate.name}: {candidate.reason}"
+    compare(run(onnxopt.load(trap.model), trap.feeds), run(result.model, trap.feeds), trap.allowed)
