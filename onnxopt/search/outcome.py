@@ -114,7 +114,7 @@ def _victory(winner: Record, records: Sequence[Record], limits: Limits, objectiv
     good = of_best_quality(tied, limits)
     if len(good) == 1:
         return f"{like}, it costs least quality"
-    equal = " and as good" if math.isfinite(limits.negligible) else ", however good"
+    equal = " and as good" if math.isfinite(limits.negligible) else ", quality aside"
     largest = max(r.bytes or 0 for r in good)
     if objective == "latency" and largest > (winner.bytes or 0) * (1 + SAME_SIZE):
         return f"{like}{equal}, it is the smallest"
