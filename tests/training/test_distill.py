@@ -54,6 +54,15 @@ def test_a_smaller_student_learns_the_classes_of_its_teacher_without_labels(teac
     assert any("Same class as the teacher" in sentence for sentence in found.sentences())
 
 
+def test_a_student_learns_with_batchnorm_and_is_judged_by_folds(teacher: Any, blobs: Blobs) -> None:
+    found = distill(
+        teacher, small(), blobs[0], epochs=20, learning_rate=0.03, batchnorm="restored", folds=3, patience=1
+    )
+    assert found.restored == ("w1",) and found.folds == 3 and found.best == 20
+    assert found.before is not None and found.after is not None and found.after.samples == 180
+    assert found.after.value > found.before.value + 0.2
+
+
 def test_a_teacher_of_the_same_widths_is_reached_through_its_values(teacher: Any, blobs: Blobs) -> None:
     start = {n: p.tensor.numpy() + np.float32(0.1) for n, p in find_parameters(teacher).items()}
     student = with_parameters(teacher, start)
