@@ -23,6 +23,8 @@ _LAYERS = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "FusedConv", "Fu
 _QUANTIZED = frozenset({"QLinearConv", "QLinearMatMul", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul"})
 _MIXERS = frozenset({"Attention", "MultiHeadAttention", "GroupQueryAttention", "LSTM", "GRU", "RNN"})
 _SCORES = frozenset({"Softmax", "Sigmoid", "Tanh"})
+_SEQUENCES = frozenset({"SplitToSequence", "SequenceConstruct", "SequenceInsert", "SequenceErase", "SequenceMap"})
+"""What they compute is no place to cut: other exports of a network have tensors alone."""
 _TABLES = frozenset({"Gather", "GatherBlockQuantized", "EmbedLayerNormalization"})
 _SOURCES = _LAYERS | _QUANTIZED | _MIXERS | _TABLES
 _LONGEST_PERIOD = 4
@@ -124,7 +126,7 @@ def _segments(flow: Flow) -> list[_Segment]:
         widest = max(widest, len(live))
         # The last value is read by nobody; it ends the last segment.
         here = next(iter(live)) if len(live) == 1 else node.outputs[0] if not live else None
-        if here is None or here.producer() is not node:
+        if here is None or here.producer() is not node or node.op_type in _SEQUENCES:
             continue
         if start is not None:
             found.append(_Segment(start, here, tuple(sorted(layers)), tuple(sorted(products)), widest > 1))

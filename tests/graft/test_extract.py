@@ -229,6 +229,29 @@ def test_residual_blocks_are_found(network):
     assert ops(done.model) == ["MatMul", "Relu", "Add"]
 
 
+def test_no_block_ends_at_a_sequence():
+    """Other exports of the same network split with Split or Slice."""
+    text, last = "", "s"
+    for i in range(3):
+        text += (
+            f"q{i} = SplitToSequence<axis = 1>({last}, half) a{i} = SequenceAt(q{i}, zero) b{i} = SequenceAt(q{i}, one)"
+        )
+        text += f" m{i} = MatMul(b{i}, v) t{i} = Tanh(m{i}) h{i} = Concat<axis = 1>(a{i}, t{i}) "
+        last = f"h{i}"
+    proto = onnx.parser.parse_model(f"""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[n, 32] x) => (float[n, 32] y)
+        <int64 half = {{16}}, int64 zero = {{0}}, int64 one = {{1}}> {{ s = MatMul(x, w) {text} y = Neg({last}) }}
+    """)
+    random = np.random.default_rng(0)
+    for name, size in {"w": 32, "v": 16}.items():
+        proto.graph.initializer.append(
+            onnx.numpy_helper.from_array(random.standard_normal((size, size), np.float32) / 6, name)
+        )
+    found = blocks(Flow(onnxopt.load(proto)))
+    assert [(a.name, b.name) for a, b in found] == [("s", "h0"), ("h0", "h1"), ("h1", "h2")]
+
+
 def test_the_backbone_ends_in_front_of_the_head(network):
     assert names(resolve(network(), Backbone()).outputs) == ["h3"]
 
