@@ -201,6 +201,21 @@ def open_tests(records: Sequence[Record], limits: Limits) -> int:
     return sum(_is_tested(r, limits) and verdicts[r.name].fit != "within" for r in records)
 
 
+def withstands(record: Record, records: Sequence[Record], limits: Limits) -> bool:
+    """Return whether a candidate stays within the budget when one more is judged, which may not be.
+
+    Args:
+        record: The candidate.
+        records: All of them.
+        limits: The budget.
+    """
+    if record.lossless or record.metric is None:
+        return True
+    lost = dataclasses.replace(record.metric, drop=math.inf, high=math.inf)
+    another = dataclasses.replace(record, name="", metric=lost)
+    return judged([*records, another], limits)[record.name].fit == "within"
+
+
 def _is_tested(record: Record, limits: Limits) -> bool:
     """Whether the candidate could win by a wrong interval."""
     judgeable = limits.max_drop is not None and record.metric is not None

@@ -32,6 +32,9 @@ TRIES = 3
 RELIEVED = 2
 """So many candidates are tried with layers left in floating point, at most."""
 
+PRUNED_TRIES = 3
+"""So many pruned candidates are built: each that is judged takes something from what samples prove of the others."""
+
 PRUNING_SECONDS = 600.0
 """After this time no other pruned candidate is begun."""
 
@@ -194,24 +197,33 @@ class Search:
 
     def _prune_before(self, base: Entry, levels: Sequence[Level], goal: Goal, end: float) -> None:
         """Find how much can be pruned before something else is done to a model, by halves of what is left to try."""
-        left, tried = list(levels), 0
+        left, begun = list(levels), len(self._entries)
         while left:
             best = decision.choose(self._records(), self._limits, self._objective)
             hopeful, closest, reason = prospects(
                 left, base.record, best, self._records(), self._limits, self._objective
             )
-            if not hopeful or self._clock() >= end:
-                if not tried:
+            reason = reason or self._hindrance(best, end)
+            if reason:
+                if len(self._entries) == begun:
                     named = pruned(base.proposal, closest.left, goal, self._objective)
-                    self._leave(named, reason or "there was no time left to try it", tried=False)
+                    self._leave(named, reason, tried=False)
                 return
             level = hopeful[len(hopeful) // 2]
-            proposal, tried = pruned(base.proposal, level.left, goal, self._objective), tried + 1
+            proposal = pruned(base.proposal, level.left, goal, self._objective)
             self._progress.label = proposal.name
             entry = self._examined(proposal)
             self._entries.append(entry)
             place = left.index(level)
             left = left[place + 1 :] if self._fits(entry.record) else left[:place]
+
+    def _hindrance(self, best: Record, end: float) -> str:
+        """Return why no further pruned candidate is to be tried; empty where one may be."""
+        if sum(bool(e.proposal.first) and e.record.tried for e in self._entries) >= PRUNED_TRIES:
+            return f"{count(PRUNED_TRIES, 'pruned candidate')} had been tried before"
+        if not decision.withstands(best, self._records(), self._limits):
+            return f"with one more to judge, the samples would not prove any more that {best.name} is within the budget"
+        return "there was no time left to try it" if self._clock() >= end else ""
 
     def _leave(self, proposal: Proposal, reason: str, *, tried: bool = True, applies: bool = True) -> None:
         """Say of a candidate why it was not built."""

@@ -305,3 +305,26 @@ def test_nothing_is_pruned_unless_it_is_wanted() -> None:
     desk = Desk(pruned(), levels=LEVELS)
     search(desk)
     assert "forecast" not in desk.calls
+
+
+def test_what_is_proven_is_not_put_at_risk() -> None:
+    """The budget holds for int8 alone, and not when the error is shared out among two."""
+    figures = pruned(_40=0.002)
+    figures["int8"] = Figures(0.5, (0.009,))
+    desk = Desk(figures, levels=LEVELS)
+    found = search(desk, goal="latency")
+    assert found.winner.record.name == "int8"
+    told = {c.name: (c.status, c.reason) for c in report(found).candidates}
+    assert told["pruned to 80% of the time, int8"] == (
+        "not tried",
+        "with one more to judge, the samples would not prove any more that int8 is within the budget",
+    )
+
+
+def test_only_a_few_pruned_candidates_are_tried() -> None:
+    levels = tuple(Level(1 - left / 100, left / 1000) for left in range(1, 100))
+    figures = {f"pruned to {100 - left}% of the time": Figures(1 - left / 100, (0.02,)) for left in range(1, 100)}
+    desk = Desk(figures, levels=levels)
+    found = search(desk, goal="latency")
+    assert found.winner.record.lossless
+    assert sum(call.startswith("examine pruned") for call in desk.calls) == 3
