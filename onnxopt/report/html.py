@@ -216,9 +216,14 @@ def _output_row(output: OutputDeviation) -> Html:
 
 
 def _widths(removed: Sequence[Removed]) -> Iterable[Html]:
-    """Draw what is left of the groups that became narrower."""
-    last = {r.name: r.units.after for r in removed}
-    first = {r.name: r.units.before for r in reversed(removed)}
+    """Draw what is left of the groups that became narrower, and of the layers of blocks that are left out."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for each in removed:
+        left_out: list[tuple[str, int, int]] = [(w.layer, w.before, w.after) for w in each.widths if not w.after]
+        for name, before, after in left_out or [(each.name, each.units.before, each.units.after)]:
+            first.setdefault(name, before)
+            last[name] = after
     bars = [
         charts.Bar(words.printable(name), after / first[name], f"{first[name]:,} -> {after:,}")
         for name, after in last.items()

@@ -199,6 +199,14 @@ def test_widths_are_drawn_from_the_first_to_the_last_edit(make: Make, report: Re
     assert "conv1: 64 -&gt; 32" in page and "conv2: 32 -&gt; 30" in page
 
 
+def test_of_a_block_that_is_left_out_the_layers_are_drawn(make: Make, report: Report) -> None:
+    widths = (Width("u1", "outputs", 16, 0), Width("v1", "outputs", 8, 0))
+    block = dataclasses.replace(removed("a1 to a2", 4, 3, "residual blocks"), widths=widths)
+    edits = (AppliedEdit(Site("p", "", "a2"), "x", block),)
+    page = to_html(make(passes=(dataclasses.replace(report.passes[0], applied=edits),)))
+    assert "u1: 16 -&gt; 0" in page and "v1: 8 -&gt; 0" in page
+
+
 def test_each_group_that_was_removed_is_listed_with_its_layers_and_what_it_costs(removals: Report) -> None:
     text = " ".join(Page(to_html(removals)).text.split())
     assert "asked for 85.0% of the time, reached 86.2% (95% interval 84.0% to 88.0%)." in text
