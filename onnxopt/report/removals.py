@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 TITLES = ("group", "width", "params", "mult-adds", "expected", "measured")
 """Of the columns of `Line.cells`."""
 
+SPARED = (3, 4)
+"""Columns that are left out first where there is no room for all."""
+
 _EXPECTED = {
     "outputs": "how far the outputs deviate, with the layers behind making up for it where they can be read",
     "weights": "the part of the group's weights that goes, by squared norm",

@@ -30,6 +30,9 @@ OUTPUTS = 8
 GROUPS = 8
 """Groups that were removed listed per pass unless all are asked for."""
 
+NAME = 12
+"""Columns that the name of a group gets at least."""
+
 PLAIN_WIDTH = 100
 """Columns of the report as a string."""
 
@@ -247,17 +250,7 @@ def _removed(report: Report, console: Console, *, verbose: bool) -> None:
     for removed in removals.tables(report.passes):
         _heading("Removed", console, words.printable(removed.spec))
         shown = list(removed.lines) if verbose else removed.largest(GROUPS)
-        table = _table()
-        table.add_column(removals.TITLES[0], ratio=1, overflow="fold")
-        for title in removals.TITLES[1:]:
-            table.add_column(title, justify="right", no_wrap=True)
-        width = max(12, console.width - 66)
-        for line in shown:
-            name, *cells = line.cells
-            group = Text(name if verbose else words.fold(name, width), style="cyan")
-            if line.removed.unit != "channels":
-                group.append(f"\n{words.printable(line.removed.unit)}", style="dim")
-            table.add_row(group, *map(Text, cells))
+        table = _removed_table(shown, console, verbose=verbose)
         console.print(Padding(table, (0, 0, 0, 1)))
         rest = len(removed.lines) - len(shown)
         if rest:
@@ -267,6 +260,28 @@ def _removed(report: Report, console: Console, *, verbose: bool) -> None:
             console.print(Padding(Text(text), (0, 0, 0, 2)))
         for text in removed.legend:
             console.print(Padding(Text(text, style="dim"), (0, 0, 0, 2)))
+
+
+def _removed_table(lines: Sequence[removals.Line], console: Console, *, verbose: bool) -> Table:
+    """Lay out groups; some columns make room for names where the terminal is narrow."""
+    columns = zip(removals.TITLES, *(line.cells for line in lines), strict=True)
+    sizes = [max(map(len, column)) + 3 for column in columns]
+    figures = list(range(1, len(sizes)))
+    for spared in removals.SPARED:
+        if console.width - 3 - sum(sizes[i] for i in figures) < NAME:
+            figures.remove(spared)
+    room = max(NAME, console.width - 3 - sum(sizes[i] for i in figures))
+    table = _table()
+    table.add_column(removals.TITLES[0], ratio=1, overflow="fold")
+    for index in figures:
+        table.add_column(removals.TITLES[index], justify="right", no_wrap=True)
+    for line in lines:
+        cells = line.cells
+        group = Text(cells[0] if verbose else words.fold(cells[0], room), style="cyan")
+        if line.removed.unit != "channels":
+            group.append(f"\n{words.printable(line.removed.unit)}", style="dim")
+        table.add_row(group, *(Text(cells[index]) for index in figures))
+    return table
 
 
 def _comparison(report: Report, console: Console) -> None:

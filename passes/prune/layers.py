@@ -157,12 +157,11 @@ def _removed(trial: _Trial, model: ir.Model, shapes: Shapes) -> Removed:
     shorter = copied(model)
     start, end = trial.block.start.name or "", trial.block.end.name or ""
     _leave_out(shorter, start, end)
-    blocks = [len(residual_blocks(*each)) for each in ((model, shapes), (shorter, Shapes(shorter)))]
     sizes = [(summary_stats(each).parameters, count(each).macs) for each in (model, shorter)]
     return Removed(
         name=f"{start} to {end}",
-        unit="residual blocks",
-        units=Change(*blocks),
+        unit="residual block",
+        units=Change(1, 0),
         widths=tuple(_widths(trial.block, shapes)),
         channels=None,
         parameters=Change(sizes[0][0], sizes[1][0]),

@@ -90,7 +90,7 @@ def test_what_goes_with_a_block_is_told() -> None:
     found = next(item for item in PruneLayers(repair=False).run(model, context(model, FEEDS)) if isinstance(item, Edit))
     removed = found.removed
     assert removed is not None
-    assert (removed.name, removed.unit, removed.units) == ("a1 to a2", "residual blocks", Change(4, 3))
+    assert (removed.name, removed.unit, removed.units) == ("a1 to a2", "residual block", Change(1, 0))
     assert removed.widths == (Width("u1", "outputs", SIZE, 0), Width("v1", "outputs", SIZE, 0))
     assert removed.parameters.gone == 2 * SIZE * SIZE
     assert removed.macs.gone == 2 * SIZE * SIZE  # for one sample

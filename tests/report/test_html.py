@@ -201,7 +201,7 @@ def test_widths_are_drawn_from_the_first_to_the_last_edit(make: Make, report: Re
 
 def test_of_a_block_that_is_left_out_the_layers_are_drawn(make: Make, report: Report) -> None:
     widths = (Width("u1", "outputs", 16, 0), Width("v1", "outputs", 8, 0))
-    block = dataclasses.replace(removed("a1 to a2", 4, 3, "residual blocks"), widths=widths)
+    block = dataclasses.replace(removed("a1 to a2", 1, 0, "residual block"), widths=widths)
     edits = (AppliedEdit(Site("p", "", "a2"), "x", block),)
     page = to_html(make(passes=(dataclasses.replace(report.passes[0], applied=edits),)))
     assert "u1: 16 -&gt; 0" in page and "v1: 8 -&gt; 0" in page

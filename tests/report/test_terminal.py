@@ -290,9 +290,11 @@ def _saving(removed: Any, parameters: int) -> Any:
 
 
 @pytest.mark.parametrize("width", [60, 80, 100])
-def test_the_table_of_what_was_removed_fits(removals: Report, width: int) -> None:
-    assert max(cell_len(line) for line in to_text(removals, width=width).splitlines()) <= width
-    assert "…" not in to_text(removals, width=width)
+def test_the_table_of_what_was_removed_fits_with_its_names(removals: Report, width: int) -> None:
+    text = to_text(removals, width=width)
+    assert max(cell_len(line) for line in text.splitlines()) <= width
+    assert "…" not in text
+    assert re.search(r"conv1.weight +(-3.2%|64 -> 48)", text)
 
 
 def test_what_was_expected_of_all_groups_stands_beside_how_far_the_result_is_off(removals: Report, make: Make) -> None:
