@@ -45,7 +45,7 @@ class Damage:
         of: What it is a share of. "outputs": deviation of the model's outputs, root of the lost part of their power.
             "layers": deviation of the layer behind that deviates most, by the spread of what it computed. "weights":
             the squared norms of the weights that the units consist of. "activations": the energy that the units bring
-            into the layers behind them.
+            into the layers behind them, less what others make up for where they are merged.
     """
 
     share: float

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.pipeline import spec
-from onnxopt.removed import Change, Damage, Removed
+from onnxopt.removed import Change, Damage, Goal, Removed
 from onnxopt.report import words
 from onnxopt.report.data import Reached
 
@@ -26,8 +26,8 @@ SPARED = (3, 4)
 
 _EXPECTED = {
     "outputs": "how far the outputs deviate, with the layers behind making up for it where they can be read",
-    "weights": "the part of the group's weights that goes, by squared norm",
-    "activations": "the part of what the group brings into the layers behind it that goes",
+    "weights": "the part of the group's weights that is lost, by squared norm",
+    "activations": "the part of what the group brings into the layers behind it that is lost",
 }
 _MEASURED = {
     "outputs": "how far the outputs deviate, before the layers left are fitted",
@@ -146,24 +146,35 @@ def reached(
 
     Args:
         passes: The passes.
-        reports: What each of them did; those whose edits do not stand have nothing to tell.
+        reports: What each of them did; those that were skipped, or whose edits do not stand, have nothing to tell.
         measurement: The time of the result by that of the original.
     """
     goals = {spec(graph_pass): goal for graph_pass in passes if (goal := graph_pass.goal()) is not None}
     for done in reports:
         goal = goals.get(done.spec)
         removed = [edit.removed for edit in done.applied if edit.removed is not None]
-        if goal is None or not removed:
+        if goal is None or not (removed or done.status == "unchanged"):
             continue
         if goal.of == "time":
             low_high = (None, None) if measurement is None else (measurement.low, measurement.high)
             yield Reached(done.spec, goal.of, goal.part, None if measurement is None else measurement.ratio, *low_high)
-            continue
-        change = channels_of(removed)
-        if goal.of == "parameters":
-            change = Change(removed[0].parameters.before, removed[-1].parameters.after)
-        left = None if change is None or not change.before else change.after / change.before
-        yield Reached(done.spec, goal.of, goal.part, left)
+        else:
+            yield Reached(done.spec, goal.of, goal.part, _left(goal, removed))
+
+
+def _left(goal: Goal, removed: Sequence[Removed]) -> float | None:
+    """Return which part of what a goal is about is left; None where it was not counted."""
+    if not removed:
+        return 1.0
+    parameters = Change(removed[0].parameters.before, removed[-1].parameters.after)
+    change = parameters if goal.of == "parameters" else channels_of(removed)
+    return None if change is None or not change.before else change.after / change.before
+
+
+def missed(report: Report) -> list[str]:
+    """Return what was asked for of passes that removed nothing, in sentences."""
+    told_with = {table.spec for table in tables(report.passes)}
+    return [f"{told(goal)} Nothing was removed." for goal in report.reached if goal.spec not in told_with]
 
 
 def sentences(table: Table, report: Report) -> list[str]:

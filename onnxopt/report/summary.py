@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from onnxopt.report import words
+from onnxopt.report import removals, words
 
 ELSEWHERE = 5
 """Nodes named that do not run on the chosen provider."""
@@ -337,7 +337,7 @@ def elsewhere(measurement: Measurement | Latency) -> str:
 
 def notes(report: Report) -> list[str]:
     """Return what a user should know besides the figures, one sentence each."""
-    found = [words.sentence(note) for note in report.notes]
+    found = [*removals.missed(report), *(words.sentence(note) for note in report.notes)]
     if report.search is not None:
         found.extend(search_notes(report.search))
     if report.measurement is not None and report.measurement.elsewhere:

@@ -12,6 +12,7 @@ from onnxopt.pipeline import spec
 from onnxopt.removed import Change, Removed
 from onnxopt.report.data import Reached, Report
 from onnxopt.report.removals import reached, tables
+from onnxopt.report.summary import notes
 
 
 def report_of(graph_pass: Any, *removed: Removed) -> PassReport:
@@ -47,7 +48,7 @@ def test_time_is_that_of_the_result(group: Removed, removals: Report) -> None:
     assert (unmeasured.reached, unmeasured.low, unmeasured.high) == (None, None, None)
 
 
-def test_passes_without_a_goal_or_without_edits_tell_nothing(group: Removed) -> None:
+def test_passes_without_a_goal_or_whose_edits_do_not_stand_tell_nothing() -> None:
     prune, zeros = PruneChannels(), PruneWeights(ratio=0.5)
     reports = [report_of(zeros), report_of(prune)]
     assert list(reached([prune, zeros], reports, None)) == []
@@ -66,3 +67,16 @@ def test_parts_are_of_what_the_pass_found(group: Removed) -> None:
     assert [round(line.parameters, 3) for line in table.lines] == [0.032, 0.468]
     assert [line.macs for line in table.lines] == [0.2, 0.4]
     assert table.parameters == Change(1000, 500)
+
+
+def test_of_a_pass_that_found_nothing_to_remove_it_is_said_that_all_is_left(removals: Report) -> None:
+    graph_pass = PruneChannels(params=0.3)
+    done = dataclasses.replace(report_of(graph_pass), status="unchanged")
+    goals = tuple(reached([graph_pass], [done], None))
+    assert goals == (Reached(spec(graph_pass), "parameters", 0.3, 1.0),)
+    told = notes(dataclasses.replace(removals, passes=(done,), reached=goals))
+    expected = (
+        "prune-channels{params=0.3}: asked to leave 30.0% of the parameters; 100.0% is left. Nothing was removed."
+    )
+    assert told[0] == expected
+    assert notes(removals)[0].startswith("Zeros alone")
