@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -345,13 +346,19 @@ def test_with_data_what_is_left_is_fitted_and_what_is_wrong_is_still_found(monke
 
 @pytest.mark.parametrize("name", ["mnist_cnn.onnx", "mnist_cnn_bn.onnx"])
 def test_real_models_from_the_command_line(tmp_path, name):
-    out = tmp_path / "pruned.onnx"
+    out, told = tmp_path / "pruned.onnx", tmp_path / "report.json"
     arguments = ["optimize", MODELS / name, "-o", out, "--passes", "prune-channels{ratio=0.5}", "--max-error", "inf"]
-    result = CliRunner().invoke(cli, [str(a) for a in [*arguments, "--no-measure"]])
+    result = CliRunner().invoke(cli, [str(a) for a in [*arguments, "--no-measure", "--report", told]])
     assert result.exit_code == 0, result.output
     assert "32 to 16 channels" in result.output
     before, after = (parameters(models.load(path)) for path in (MODELS / name, out))
     assert after < 0.3 * before
+    report = json.loads(told.read_text())
+    removed = [edit["removed"] for edit in report["passes"][0]["applied"] if edit["removed"]]
+    assert removed[0]["parameters"]["before"] == report["before"]["parameters"]
+    assert removed[-1]["parameters"]["after"] == report["after"]["parameters"]
+    assert [r["units"] for r in removed] == [{"before": 2 * n, "after": n} for n in (16, 32, 32, 64)]
+    assert report["reached"][0]["reached"] == 0.5
 
 
 def parameters(model):
