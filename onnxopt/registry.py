@@ -263,6 +263,11 @@ BUILTIN: dict[str, Entry] = dict(
             "Store float32 constants in 16 bits, at no cost when running.",
         ),
         _entry(
+            "approximate-gelu",
+            "quantize.approximate_gelu:ApproximateGelu",
+            "Write GELU behind convolutions as x * sigmoid(1.702 x), which 8-bit integers can compute.",
+        ),
+        _entry(
             "quantize-static",
             "quantize.quantize_static:QuantizeStatic",
             "Compute convolutional nets with 8-bit integers, with ranges learnt from data.",

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal
 
 from onnxopt.analysis.weights import weights
+from onnxopt.graph import all_nodes, is_op
 from onnxopt.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -40,12 +41,13 @@ _BLOCKS = "quantize-matmul{bits=4}"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inventory:
-    """How many elements of weights a model has, by the kind of layer that uses them."""
+    """How many elements of weights a model has, by the kind of layer that uses them, and whether it contains GELU."""
 
     convolution: int
     product: int
     recurrent: int
     table: int
+    gelu: bool = False
 
     @property
     def total(self) -> int:
@@ -125,7 +127,8 @@ def take_inventory(model: ir.Model) -> Inventory:
     for weight in weights(model):
         for kind in {_KINDS[role.node.op_type] for role in weight.roles if role.node.op_type in _KINDS}:
             found[kind] += weight.tensor.size
-    return Inventory(**found)
+    gelu = any(is_op(n, "Erf", "Gelu") or is_op(n, "Gelu", domain="com.microsoft") for n in all_nodes(model))
+    return Inventory(**found, gelu=gelu)
 
 
 _KINDS = {
@@ -169,6 +172,7 @@ def propose(
 
 def _for_cpu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
     yield from _integers(inventory, bits)
+    yield from _without_gelu(inventory, bits)
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")
         yield Proposal("4-bit blocks", f"{_BLOCKS},{_REST}")
@@ -189,6 +193,14 @@ def _integers(inventory: Inventory, bits: int) -> Iterator[Proposal]:
         yield from _dynamic(inventory, "dynamic int8", (dynamic,), bits)
     if products and convolutions:
         yield from _dynamic(inventory, "static and dynamic int8", (dynamic, static), bits)
+
+
+def _without_gelu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+    """Yield the plain form of all that computes with 8-bit integers, with GELU in such a form too."""
+    if inventory.gelu and inventory.convolution >= FEWEST_ELEMENTS:
+        *_, plain = (p for p in _integers(inventory, bits) if "smooth" not in p.name)
+        name, _, rest = plain.name.partition(", ")
+        yield Proposal(", ".join(filter(None, (name, "GELU by sigmoid", rest))), f"approximate-gelu,{plain.passes}")
 
 
 def _dynamic(inventory: Inventory, name: str, passes: tuple[str, ...], bits: int) -> Iterator[Proposal]:

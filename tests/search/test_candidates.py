@@ -52,6 +52,15 @@ def test_a_convolutional_net_on_the_cpu() -> None:
     assert names(found) == ["keep fp32", "static int8", "8-bit weights", "16-bit weights"]
 
 
+def test_gelu_between_convolutions_is_also_tried_with_integers() -> None:
+    found = propose(Inventory(10**6, 0, 0, 0, gelu=True), "cpu", learning=True, bits=7)
+    assert names(found)[1:3] == ["static int8, 7-bit weights", "static int8, GELU by sigmoid, 7-bit weights"]
+    assert found[2].passes == "approximate-gelu,quantize-static{bits=7},quantize-weights,strip-metadata"
+    mixed = names(propose(Inventory(10**6, 10**6, 0, 0, gelu=True), "cpu", learning=True))
+    assert [n for n in mixed if "GELU" in n] == ["static and dynamic int8, GELU by sigmoid"]
+    assert not any("GELU" in n for n in names(propose(Inventory(0, 10**6, 0, 0, gelu=True), "cpu", learning=True)))
+
+
 def test_an_encoder_on_the_cpu() -> None:
     found = propose(Inventory(0, 10**6, 0, 10**6), "cpu", learning=True)
     assert found[1] == Proposal("dynamic int8", "quantize-dynamic,quantize-weights,strip-metadata")
