@@ -30,6 +30,7 @@ N = 128
 
 PASSES: dict[str, tuple[str, str]] = {
     "quantize-static": ("quantize-static{bits=7}", "cpu"),
+    "approximate-gelu, quantize-static": ("approximate-gelu,quantize-static{bits=7}", "cpu"),
     "quantize-dynamic": ("quantize-dynamic{bits=7}", "cpu"),
     "quantize-dynamic, portable": ("quantize-dynamic{bits=7}", "portable"),
     "smooth-activations": ("smooth-activations", "cpu"),
@@ -107,6 +108,17 @@ def old_opset(opset: int) -> Trap:
         v=weight(N, N),
     )
     return Trap(model, inputs(2, 3, 8, 8))
+
+
+def gelu_between_convolutions() -> Trap:
+    """One that is an output as well, and one whose input has another use."""
+    text = """g (float[n,3,8,8] x) => (float[n,64,6,6] y, float[n,32,8,8] b) {
+        a = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x, k)  b = Gelu(a)
+        c = Conv <kernel_shape = [3, 3]> (b, l)  d = Gelu(c)  y = Add(d, c)
+    }"""
+    model = proto(text, opset=20, k=weight(32, 3, 3, 3), l=weight(64, 32, 3, 3))
+    # The range of the one is not seen on the few samples to learn from, and what lies beyond is clipped.
+    return Trap(model, inputs(2, 3, 8, 8), allowed=0.3)
 
 
 def tied_weights() -> Trap:
@@ -276,6 +288,7 @@ TRAPS: dict[str, Callable[[], Trap]] = {
     f.__name__: f
     for f in (
         contrib_operators,
+        gelu_between_convolutions,
         tied_weights,
         two_layers_share_a_weight,
         a_weight_that_is_also_added,
