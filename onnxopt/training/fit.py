@@ -78,12 +78,12 @@ class _State:
         self.epochs: list[Epoch] = []
         self.best = 0
         self.blend = recipe.blend
-        self.start = self.reached()
+        self.start = {name: value.clone() for name, value in self.reached().items()}
         self.best_values = self.values()
 
     def reached(self) -> dict[str, torch.Tensor]:
         """Return what the constants of the model are now, what was learnt beside them folded in."""
-        values = {name: each.value().detach().clone() for name, each in self.trained.items()}
+        values = {name: each.value().detach() for name, each in self.trained.items()}
         return values | self.normalizing.values(values)
 
     def values(self) -> dict[str, torch.Tensor]:

@@ -99,7 +99,7 @@ class Normalizing:
 
     @property
     def leaves(self) -> dict[str, Trainable]:
-        """What is trained besides parameters of the model."""
+        """What is trained besides parameters of the model, by names that none of them has."""
         return {each.name: each for one in self.restored for each in (one.scale, one.shift)}
 
     @property
@@ -113,7 +113,7 @@ class Normalizing:
         all_of_them = {one.layer.output: one.statistics for one in self.restored}
         all_of_them |= {each.output: statistics for each, statistics in self.running.items()}
         return {
-            f"{name}/{kind}": tensor
+            f"{name} {kind}": tensor
             for name, s in all_of_them.items()
             for kind, tensor in (("mean", s.mean), ("variance", s.variance))
         }
@@ -190,7 +190,7 @@ def _restored(layer: Layer, moments: ChannelMoments, weight: torch.Tensor) -> Re
     """Return a normalization that changes nothing yet."""
     mean, variance = (on_device(a).to(weight.dtype) for a in (moments.mean, moments.variance))
     scale, shift = (
-        Trainable(f"{layer.output}/{name}", layer.depth, False, leaf.clone().requires_grad_(True), None, None)
+        Trainable(f"{layer.output} {name}", layer.depth, False, leaf.clone().requires_grad_(True), None, None)
         for name, leaf in (("scale", _deviation(variance)), ("shift", mean))
     )
     return Restored(layer, Statistics(mean, variance), scale, shift)

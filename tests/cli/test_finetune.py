@@ -73,6 +73,25 @@ def _scores(digits: Path) -> np.ndarray:
     return np.asarray(scores)
 
 
+def test_folds_judge(tmp_path: Path, digits: Path, invoke: Invoke) -> None:
+    model = reinitialize(onnxopt.load(MODELS / "mnist_cnn.onnx"), 0, train=["dense2*"])
+    onnxopt.save(model, tmp_path / "new.onnx")
+    options = ("--train", "dense2*", "--lr", 0.02, "--epochs", 2, "--folds", 2)
+    result = invoke("finetune", tmp_path / "new.onnx", "--data", digits, "-o", tmp_path / "out.onnx", *options)
+    assert result.exit_code == 0, result.output
+    assert "120 samples" in result.stdout and "figures of 2 folds" in result.stdout
+
+
+def test_a_gpu_that_is_not_there_is_refused(
+    tmp_path: Path, digits: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    out = tmp_path / "out.onnx"
+    result = invoke("finetune", MODELS / "mnist_cnn.onnx", "--data", digits, "-o", out, "--device", "cuda")
+    assert result.exit_code == 2 and "--device cuda cannot be used: torch " in result.stderr
+    assert not out.exists()
+
+
 def test_bad_input(tmp_path: Path, digits: Path, invoke: Invoke) -> None:
     model = MODELS / "mnist_cnn.onnx"
     out = ("-o", tmp_path / "out.onnx")

@@ -117,8 +117,8 @@ def test_folded_layers_compute_what_the_runtime_computes_of_layers_and_batchnorm
     numbers = {}
     for name, tensor in inner.items():
         low = 0.1 if name.endswith("variance") else -2
-        numbers[name.replace("/", "_")] = rng.uniform(low, 2, tensor.shape).astype(np.float32)
-        tensor.data.copy_(torch.from_numpy(numbers[name.replace("/", "_")]))
+        numbers[name.replace(" ", "_")] = rng.uniform(low, 2, tensor.shape).astype(np.float32)
+        tensor.data.copy_(torch.from_numpy(numbers[name.replace(" ", "_")]))
     expanded = net(HEADER + EXPANDED, {**SHAPES, **{name: array.shape for name, array in numbers.items()}})
     for name, array in (stored(model) | numbers).items():
         expanded.graph.initializers[name].const_value = ir.tensor(array, name=name)
