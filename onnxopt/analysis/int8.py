@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
@@ -36,16 +35,6 @@ UNARY = ("GlobalAveragePool", "Sigmoid", "LeakyRelu")
 BINARY = ("Add", "Mul")
 FUSED = ("FusedConv", "NhwcFusedConv")
 """Convolutions of com.microsoft that have no 8-bit kernel."""
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "Relu": (),
-    "Sigmoid": (),
-    "Tanh": (),
-    "LeakyRelu": ("alpha",),
-    "HardSigmoid": ("alpha", "beta"),
-    "Clip": ("min", "max"),
-}
-"""What FusedConv may end in -> what its activation_params are."""
-CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -111,54 +100,6 @@ def _bounds(node: ir.Node | None) -> tuple[float, float] | None:
         elif given is not None:
             return None
     return found[0], found[1]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
-    """One of the nodes that do together what a FusedConv does; each but the first is applied to the one before.
-
-    Attributes:
-        op: The operator.
-        inputs: Its inputs, without what the step before makes.
-        attributes: Its attributes.
-        bounds: What a Clip bounds by.
-    """
-
-    op: str
-    inputs: tuple[ir.Value | None, ...] = ()
-    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    bounds: tuple[float, ...] = ()
-
-    @classmethod
-    def activation(cls, op: str, parameters: Sequence[float]) -> Step | None:
-        """Return an activation that FusedConv has, or None where it is not known."""
-        names = ACTIVATIONS.get(op)
-        if names is None or len(names) != len(parameters):
-            return None
-        return (
-            cls(op, bounds=tuple(parameters))
-            if op == "Clip"
-            else cls(op, (), dict(zip(names, parameters, strict=True)))
-        )
-
-
-def apart(node: ir.Node, scope: Scope) -> list[Step] | None:
-    """Return the nodes that a FusedConv of the main graph stands for, or None for any other node."""
-    if scope.path or node.domain != "com.microsoft" or node.op_type != "FusedConv" or has_references(node):
-        return None
-    if constant_tensor(node.inputs[1]) is None:
-        return None
-    steps = [
-        Step("Conv", tuple(node.inputs[:3]), {a: attribute(node, a) for a in CONV_ATTRIBUTES if a in node.attributes})
-    ]
-    if len(node.inputs) > 3 and node.inputs[3] is not None:
-        steps.append(Step("Add", (node.inputs[3],)))
-    if "activation" in node.attributes:
-        found = Step.activation(attribute(node, "activation"), attribute(node, "activation_params", ()))
-        if found is None:
-            return None
-        steps.append(found)
-    return steps
 
 
 def leaves_float_weight(value: ir.Value) -> bool:

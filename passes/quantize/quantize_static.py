@@ -11,13 +11,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
+from onnxopt.analysis.apart import Step, apart, hard_activations
 from onnxopt.analysis.int8 import (
     Between,
     Layer,
-    Step,
     Ties,
     activated,
-    apart,
     averaged_channels,
     between,
     is_global_average,
@@ -67,8 +66,8 @@ class QuantizeStatic(GraphPass):
     channel for the target "cpu" or from opset 13 on, biases int32, which for "cpu" the runtime makes itself. Where a
     layer's output passes through pooling, layout nodes, Add, Mul, Concat, Sigmoid or LeakyRelu on its way to another
     layer, these are computed with integers too. Concat and what hands elements on have one grid on both sides, so that
-    it is a copy. AveragePool becomes a depthwise convolution where it can, and FusedConv is taken apart, because
-    neither has a fast 8-bit kernel.
+    it is a copy. AveragePool becomes a depthwise convolution where it can; FusedConv, HardSigmoid and HardSwish are
+    taken apart, because none has a fast 8-bit kernel.
 
     Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in
     floating point.
@@ -122,6 +121,10 @@ class QuantizeStatic(GraphPass):
                 summary = f"FusedConv into {', '.join(step.op for step in steps)}"
                 site = Site(self.name, "", first_output(node))
                 yield Edit(site, summary, functools.partial(_take_apart, node, steps, main, names))
+        for node, steps in hard_activations(main, ctx.shapes):
+            summary = f"{node.op_type} into {', '.join(step.op for step in steps)}"
+            site = Site(self.name, "", first_output(node))
+            yield Edit(site, summary, functools.partial(_take_apart, node, steps, main, names))
         layers: list[Layer] = []
         for scope in scopes(model):
             for node in scope.graph:
@@ -176,21 +179,21 @@ class QuantizeStatic(GraphPass):
 
 
 def _take_apart(node: ir.Node, steps: list[Step], scope: Scope, names: Names) -> None:
-    """Put nodes that have 8-bit kernels in the place of a FusedConv."""
+    """Put nodes that have 8-bit kernels in the place of one that has none."""
     (old,) = node.outputs
     value: ir.Value | None = None
     for step in steps:
         inputs = [*step.inputs] if value is None else [value, *step.inputs]
         attributes = dict(step.attributes)
-        if scope.opset >= CLIP_BY_INPUTS:
+        if step.op != "Clip" or scope.opset >= CLIP_BY_INPUTS:
             base = f"{old.name}/{step.op}"
-            inputs += [add_constant(scope, names, base, np.asarray(b, np.float32), node) for b in step.bounds]
+            inputs += [add_constant(scope, names, base, np.asarray(b, np.float32), node) for b in step.numbers]
         else:
-            attributes |= dict(zip(("min", "max"), step.bounds, strict=False))
+            attributes |= dict(zip(("min", "max"), step.numbers, strict=False))
         made = make_node(names, step.op, inputs, attributes, like=old)
         insert_before(node, made)
         value = made.outputs[0]
-    assert value is not None, "the first step is the convolution"
+    assert value is not None, "there are steps"
     replace_value(old, value)
     remove_node(node)
 

@@ -143,6 +143,8 @@ FUSED = {
     "added constant": "a = Conv(x, p0, b0) s = Add(a, one) y = Conv(s, p2)",
     "gate": """a = Conv(x, p0, b0) g = GlobalAveragePool(a) c = Conv(g, p1) h = HardSigmoid(c) s = Mul(a, h)
         y = Conv(s, p2)""",
+    "hard swish": "a = Conv(x, p0, b0) h = HardSwish(a) y = Conv(h, p2)",
+    "steep gate": "a = Conv(x, p0, b0) h = HardSigmoid<alpha = 0.3, beta = 0.4>(a) s = Mul(a, h) y = Conv(s, p2)",
     "mean": "a = Conv(x, p0, b0) g = ReduceMean<keepdims = 1>(a, spatial) y = Conv(g, p1)",
     "silu": "a = Conv(x, p0, b0) g = Sigmoid(a) s = Mul(a, g) y = Conv(s, p2)",
     "leaky": "a = Conv(x, p0, b0) s = LeakyRelu<alpha = 0.1>(a) y = Conv(s, p2)",
@@ -184,7 +186,7 @@ EXTRA = {
     "dense": random(8, 800) / 30,
     "last8": random(8, 8) / 3,
 }
-FLOATING = {"gate": {"HardSigmoid": 1}, "split": {"Add": 1}}
+FLOATING = {"split": {"Add": 1}}
 """What has no 8-bit kernel, or feeds no layer, and so is computed in floating point."""
 
 
@@ -199,9 +201,24 @@ def test_everything_becomes_8_bit_kernels(case, tmp_path):
     found = kernels(model, tmp_path)
     left = {op: n for op, n in found.items() if op not in KERNELS | MOVES | {"QuantizeLinear", "DequantizeLinear"}}
     assert left == FLOATING.get(case, {})
-    assert found["QuantizeLinear"] == 1 + (case in ("gate", "linear resize"))
-    assert found["DequantizeLinear"] <= 1 + (case in ("gate", "linear resize", "split"))
+    assert found["QuantizeLinear"] == 1 + (case == "linear resize")
+    assert found["DequantizeLinear"] <= 1 + (case in ("linear resize", "split"))
     assert 1e-5 < error(original, model) < 0.06
+
+
+@pytest.mark.parametrize(
+    ("body", "op"),
+    [
+        ("h = HardSigmoid(x) y = Conv(h, p1)", "HardSigmoid"),
+        ("a = Conv(x, p0, b0) y = HardSwish(a)", "HardSwish"),
+        ("a = Conv(x, p0, b0) h = HardSwish(a) s = Softmax(h) y = Conv(s, p2)", "HardSwish"),
+    ],
+)
+def test_hard_activations_stay_whole_where_floating_point_surrounds_them(body, op):
+    model = build(body)
+    apply(model)
+    assert [n.op_type for n in model.graph].count(op) == 1
+    assert "Clip" not in {n.op_type for n in model.graph}
 
 
 def test_inputs_of_other_ranks_are_convolved_with_integers(tmp_path):
