@@ -103,6 +103,12 @@ def _quantized_binary(view: View) -> list[PartialShape]:
     return [broadcast_shapes(view.shape(0), view.shape(3))]
 
 
+def _quantized_gemm(view: View) -> list[PartialShape]:
+    a, b = view.shape(0), view.shape(3)
+    a = _swapped(a) if view.attribute("transA", 0) else a
+    return [matmul_shape(a, _swapped(b) if view.attribute("transB", 0) else b)]
+
+
 _LIKE_INPUT = Rule(_like_input)
 _MATMUL = Rule(_matmul)
 _SKIP_NORMALIZATION = Rule(_skip_normalization)
@@ -128,6 +134,7 @@ RULES: dict[str, Rule] = {
     "MatMulNBits": Rule(_matmul_bits),
     "MultiHeadAttention": Rule(_multi_head_attention),
     "QAttention": Rule(_quantized_attention),
+    "QGemm": Rule(_quantized_gemm),
     "QLinearAdd": Rule(_quantized_binary),
     "QLinearMul": Rule(_quantized_binary),
     "SimplifiedLayerNormalization": _LAYER_NORMALIZATION,

@@ -18,17 +18,23 @@ import onnx_ir as ir
 
 from onnxopt.analysis.fills import fill
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.analysis.weights import FLOATS
-from onnxopt.coupling import rules, rules_attention, rules_nn, rules_sequences
+from onnxopt.coupling import rules, rules_attention, rules_nn, rules_quantized, rules_sequences
 from onnxopt.coupling.builder import Axis, Builder, Opaque, Sink, label
+from onnxopt.coupling.grids import NUMBERS
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.rewrites import Rewrite
 from onnxopt.coupling.stored import stored
 from onnxopt.graph import STANDARD_DOMAINS, bodies, constant_tensor, has_references, scopes
 
 _TABLES: Mapping[str, Mapping[str, rules.Rule]] = {
-    "": {**rules.RULES, **rules_nn.RULES, **rules_attention.STANDARD, **rules_sequences.RULES},
-    "com.microsoft": {**rules_nn.MICROSOFT, **rules_attention.MICROSOFT},
+    "": {
+        **rules.RULES,
+        **rules_nn.RULES,
+        **rules_attention.STANDARD,
+        **rules_sequences.RULES,
+        **rules_quantized.RULES,
+    },
+    "com.microsoft": {**rules_nn.MICROSOFT, **rules_attention.MICROSOFT, **rules_quantized.MICROSOFT},
 }
 _CANNOT_FOLLOW = (Opaque, IndexError, ValueError, KeyError, ZeroDivisionError)
 """What a rule raises where it cannot follow its node; all but the first only for nodes that no runtime could run."""
@@ -91,7 +97,7 @@ class Group:
     @property
     def makers(self) -> tuple[Member, ...]:
         """The constants that the units are computed from."""
-        return tuple(m for m in self.members if not m.consumes and m.tensor.dtype in FLOATS)
+        return tuple(m for m in self.members if not m.consumes and m.tensor.dtype in NUMBERS)
 
     @property
     def parameters(self) -> int:

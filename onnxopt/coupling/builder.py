@@ -42,6 +42,8 @@ class Sink:
         axis: The axis of this input.
         other: The input and its axis that it is multiplied by, where that is a value of the graph.
         later: The output and its axis that holds what it is multiplied by in the next step.
+        zero: The input that holds what stands for zero, one for all or one for each index of an axis, and this axis;
+            None where zero does.
     """
 
     node: ir.Node
@@ -49,6 +51,7 @@ class Sink:
     axis: int
     other: tuple[int, int] | None = None
     later: tuple[int, int] | None = None
+    zero: tuple[int, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -225,9 +228,10 @@ class Builder:
         axis: int,
         other: tuple[int, int] | None = None,
         later: tuple[int, int] | None = None,
+        zero: tuple[int, int] | None = None,
     ) -> None:
         """Products are summed up along an axis of an input and one of another input; see `Sink`."""
-        self.sinks.append(Sink(node, index, axis, other, later))
+        self.sinks.append(Sink(node, index, axis, other, later, zero))
 
     def choose(self, node: ir.Node, ways: Sequence[Way]) -> None:
         """Follow the first of the ways that leaves two or more sets that can be removed."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from onnxopt.analysis.weights import FLOATS
 from onnxopt.coupling.analysis import Group, Member
+from onnxopt.coupling.grids import NUMBERS, numbers
 
 Scores: TypeAlias = npt.NDArray[np.float64]
 
@@ -30,8 +30,8 @@ def magnitude(group: Group) -> Scores:
 
 def weighed(group: Group) -> tuple[Member, ...]:
     """Return the members that are matrices or kernels, or all where there is none."""
-    floats = tuple(m for m in group.members if m.tensor.dtype in FLOATS)
-    return tuple(m for m in floats if m.tensor.size > max(m.tensor.shape.numpy(), default=1)) or floats
+    known = tuple(m for m in group.members if m.tensor.dtype in NUMBERS)
+    return tuple(m for m in known if m.tensor.size > max(m.tensor.shape.numpy(), default=1)) or known
 
 
 def squared_norms(member: Member, units: int) -> Scores:
@@ -43,7 +43,6 @@ def squared_norms(member: Member, units: int) -> Scores:
 
 def index_norms(member: Member) -> Scores:
     """Return the sum of the squares of a constant at each index of the axis, (size,)."""
-    array: npt.NDArray[Any] = member.tensor.numpy()
-    rows = np.moveaxis(array, member.axis, 0).reshape(len(member.units), -1).astype(np.float32, copy=False)
+    rows = np.moveaxis(numbers(member.value, member.tensor), member.axis, 0).reshape(len(member.units), -1)
     norms: Scores = np.einsum("ij,ij->i", rows, rows, dtype=np.float64)
     return norms

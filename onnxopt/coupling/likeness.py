@@ -10,10 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.contract import Calibration
 from onnxopt.coupling.activity import multiplied
 from onnxopt.coupling.analysis import Coupling, Group, Member
 from onnxopt.coupling.builder import Sink
+from onnxopt.coupling.grids import numbers
 from onnxopt.coupling.importance import Scores, squared_norms
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.removal import Removal
@@ -51,6 +53,11 @@ class Plan:
     merge: merging.Merge
     parts: tuple[tuple[Member, Scores], ...]
     lost: float
+
+
+def rounded(group: Group) -> bool:
+    """Whether a weight behind a group is on a grid, which sums of its slices would not be."""
+    return any(member.consumes and member.tensor.dtype not in FLOATS for member in group.members)
 
 
 def inseparable(group: Group, coupling: Coupling) -> bool:
@@ -189,7 +196,7 @@ def by_weights(group: Group) -> list[Outlet]:
         inside = np.flatnonzero(member.units >= 0)
         counts = np.bincount(member.units[inside], minlength=group.units)
         if counts[0] and (counts == counts[0]).all():  # several where gates, or query, key and value lie in one weight
-            array = np.moveaxis(member.tensor.numpy(), member.axis, 0).astype(np.float64)
+            array = np.moveaxis(numbers(member.value, member.tensor), member.axis, 0).astype(np.float64)
             order = inside[np.argsort(member.units[inside], kind="stable")]
             rows.append(array[order].reshape(group.units, -1))
     if not rows:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxopt.coupling.analysis import Coupling
+from onnxopt.coupling.builder import Sink
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.rewrites import Mask, Rewrite
 from onnxopt.coupling.sizes import with_elements
@@ -18,6 +19,7 @@ from onnxopt.graph import (
     Names,
     all_nodes,
     bodies,
+    constant_array,
     constant_tensor,
     copied,
     drop_unused_constants,
@@ -144,7 +146,8 @@ class Removal:
             place = self._place[value, sink.axis]
             kept = all_kept[place.first : place.first + place.size]
             if not kept.all():
-                _zero(clone, names, nodes[self._order[sink.node]], sink.index, self._along(value, sink.axis, kept))
+                node = nodes[self._order[sink.node]]
+                _zero(clone, names, node, sink.index, self._along(value, sink.axis, kept), _zero_of(node, sink))
         return clone
 
     def _along(self, value: ir.Value, axis: int, kept: Mask) -> ir.TensorProtocol:
@@ -265,13 +268,31 @@ def _exchange(
     node.replace_input_with(index, total.outputs[0])
 
 
-def _zero(model: ir.Model, names: Names, node: ir.Node, index: int, factor: ir.TensorProtocol) -> None:
-    """Multiply an input by a factor, for this node alone: at once where it is constant."""
+def _zero_of(node: ir.Node, sink: Sink) -> npt.NDArray[Any] | None:
+    """Return what stands for zero in the weight of a sink, as it is broadcast; None for zero itself."""
+    given = None if sink.zero is None else constant_array(node.inputs[sink.zero[0]])
+    weight = node.inputs[sink.index]
+    tensor = constant_tensor(weight)
+    if given is None or sink.zero is None or tensor is None:
+        return None
+    return np.reshape(given, [-1 if axis == sink.zero[1] else 1 for axis in range(len(tensor.shape))])
+
+
+def _zero(
+    model: ir.Model,
+    names: Names,
+    node: ir.Node,
+    index: int,
+    factor: ir.TensorProtocol,
+    zero: npt.NDArray[Any] | None,
+) -> None:
+    """Multiply an input by a factor of zeros and ones, for this node alone: at once where it is constant."""
     value = node.inputs[index]
     assert value is not None, "a clone has the inputs of the original"
     tensor = constant_tensor(value)
     if tensor is not None:
-        array = np.where(factor.numpy() != 0, tensor.numpy(), np.zeros((), tensor.numpy().dtype))
+        array = tensor.numpy()
+        array = np.where(factor.numpy() != 0, array, (np.zeros((), array.dtype) if zero is None else zero))
         new = _add(model, names, f"{value.name}_zeroed", ir.tensor(array, dtype=tensor.dtype))
     else:
         product = make_node(names, "Mul", [value, _add(model, names, f"{value.name}_kept", factor)], like=value)

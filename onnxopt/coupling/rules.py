@@ -110,7 +110,20 @@ def top_k(builder: Builder, node: ir.Node) -> None:
 
 def matmul(builder: Builder, node: ir.Node) -> None:
     """Sums over the last axis of the left and the second-to-last of the right operand."""
-    left, right, output = operand(node, 0), operand(node, 1), node.outputs[0]
+    multiply(builder, node, 0, 1)
+
+
+def multiply(builder: Builder, node: ir.Node, first: int, second: int, zeros: int | None = None) -> None:
+    """Follow indexes through a product of two inputs as MatMul defines it.
+
+    Args:
+        builder: Where to.
+        node: The node.
+        first: Which input is the left operand.
+        second: Which one is the right operand.
+        zeros: The input that holds what stands for zero in the right one, where zero does not.
+    """
+    left, right, output = operand(node, first), operand(node, second), node.outputs[0]
     a, b, rank = len(builder.shape(left)), len(builder.shape(right)), len(builder.shape(output))
     if a == 0 or b == 0:
         raise Opaque("an operand is a number")
@@ -126,21 +139,32 @@ def matmul(builder: Builder, node: ir.Node) -> None:
             for axis in range(own - 2):
                 if builder.shape(value)[axis] != 1 or builder.shape(output)[axis + shift] == 1:
                     builder.tie(value, axis, output, axis + shift)
-    index = 0 if is_constant(left) and not is_constant(right) else 1
-    builder.sink(node, index, inner[index], (1 - index, inner[1 - index]))
+    if zeros is None and is_constant(left) and not is_constant(right):
+        builder.sink(node, first, inner[0], (second, inner[1]))
+    else:
+        builder.sink(node, second, inner[1], (first, inner[0]), zero=None if zeros is None else (zeros, b - 1))
 
 
 def gemm(builder: Builder, node: ir.Node) -> None:
     """One matrix product with a bias that is stretched."""
-    left, right, output = operand(node, 0), operand(node, 1), node.outputs[0]
+    multiply_transposed(builder, node, 0, 1, 2)
+
+
+def multiply_transposed(
+    builder: Builder, node: ir.Node, first: int, second: int, bias: int, zeros: int | None = None
+) -> None:
+    """Follow indexes through a product of two inputs as Gemm defines it; see `multiply`."""
+    left, right, output = operand(node, first), operand(node, second), node.outputs[0]
     inner = (0 if attribute(node, "transA", 0) else 1, 1 if attribute(node, "transB", 0) else 0)
     builder.tie(left, inner[0], right, inner[1])
     builder.tie(left, 1 - inner[0], output, 0)
     builder.tie(right, 1 - inner[1], output, 1)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        builder.broadcast(node.inputs[2], output)
-    index = 0 if is_constant(left) and not is_constant(right) else 1
-    builder.sink(node, index, inner[index], (1 - index, inner[1 - index]))
+    if len(node.inputs) > bias and (added := node.inputs[bias]) is not None:
+        builder.broadcast(added, output)
+    if zeros is None and is_constant(left) and not is_constant(right):
+        builder.sink(node, first, inner[0], (second, inner[1]))
+    else:
+        builder.sink(node, second, inner[1], (first, inner[0]), zero=None if zeros is None else (zeros, 1 - inner[1]))
 
 
 def einsum(builder: Builder, node: ir.Node) -> None:

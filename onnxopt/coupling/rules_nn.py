@@ -16,21 +16,35 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 def conv(builder: Builder, node: ir.Node) -> None:
     """Output channels go with rows of the weight; input channels are summed up along, within their group."""
-    data, weight, output = operand(node, 0), operand(node, 1), node.outputs[0]
+    convolve(builder, node, 1, 2)
+    if len(node.inputs) > 3 and node.inputs[3] is not None:  # what FusedConv adds
+        builder.broadcast(node.inputs[3], node.outputs[0])
+
+
+def convolve(builder: Builder, node: ir.Node, kernel: int, bias: int, zeros: int | None = None) -> None:
+    """Follow indexes through a convolution of the first input.
+
+    Args:
+        builder: Where to.
+        node: The node.
+        kernel: Which input is the weight.
+        bias: Which one is the bias.
+        zeros: The input that holds what stands for zero in the weight, where zero does not.
+    """
+    data, weight, output = operand(node, 0), operand(node, kernel), node.outputs[0]
     groups = attribute(node, "group", 1)
     transposed = node.op_type == "ConvTranspose"
     own_out, own_in = (1, 0) if transposed else (0, 1)
+    zero = None if zeros is None else (zeros, own_out)
     builder.tie(data, 0, output, 0)
     _freeze_places(builder, node, data, output, weight)
     sources, results = builder.known_ids(data, 1), builder.known_ids(output, 1)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        builder.tie(node.inputs[2], 0, output, 1)
-    if len(node.inputs) > 3 and node.inputs[3] is not None:  # what FusedConv adds
-        builder.broadcast(node.inputs[3], output)
+    if (added := _optional(node, bias)) is not None:
+        builder.tie(added, 0, output, 1)
     if groups == 1:
         builder.tie(data, 1, weight, own_in)
         builder.tie(output, 1, weight, own_out)
-        builder.sink(node, 1, own_in, (0, 1))
+        builder.sink(node, kernel, own_in, (0, 1), zero=zero)
         return
     rows = builder.known_ids(weight, 0)
     if groups == len(sources):  # depthwise: each channel makes its own ones
@@ -49,7 +63,7 @@ def conv(builder: Builder, node: ir.Node) -> None:
         builder.link(sources.reshape(groups, -1), inside[None])
         builder.link(results, outside)
         builder.link(outside.reshape(groups, -1), outside[None, : len(outside) // groups])
-    builder.sink(node, 1, own_in, (0, 1))
+    builder.sink(node, kernel, own_in, (0, 1), zero=zero)
 
 
 def _freeze_places(builder: Builder, node: ir.Node, data: ir.Value, output: ir.Value, weight: ir.Value | None) -> None:
@@ -157,22 +171,6 @@ def _optional(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
 
-def quantize(builder: Builder, node: ir.Node) -> None:
-    """A scale and a zero point for all, or one for each index of an axis."""
-    data, output = operand(node, 0), node.outputs[0]
-    builder.same(data, output)
-    for value in node.inputs[1:]:
-        if value is None:
-            continue
-        rank = len(builder.shape(value))
-        if rank == 1:
-            size = builder.shape(value)[0]
-            if size != 1:
-                builder.tie(value, 0, data, attribute(node, "axis", 1) % len(builder.shape(data)))
-        elif rank > 1:
-            raise Opaque("it works in blocks")
-
-
 def sample(builder: Builder, node: ir.Node) -> None:
     """Places are picked for all channels alike."""
     data, output = operand(node, 0), node.outputs[0]
@@ -248,8 +246,6 @@ RULES: Mapping[str, Rule] = {
     "SimplifiedLayerNormalization": layer_norm,
     "GroupNormalization": group_norm,
     **dict.fromkeys(_GATES, recurrent),
-    "QuantizeLinear": quantize,
-    "DequantizeLinear": quantize,
     "GridSample": sample,
 }
 """Standard operators of neural networks."""

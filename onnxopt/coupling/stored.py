@@ -1,4 +1,4 @@
-"""The constants behind weights that are transposed or passed on before they are used."""
+"""The constants behind weights that are transposed, converted or passed on before they are used."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def stored(value: ir.Value, axis: int) -> tuple[ir.Value, int]:
 
 
 def _viewed(value: ir.Value) -> ir.Value | None:
-    """Return what a Transpose or an Identity gives with its axes in another order, or None for other nodes."""
+    """Return what a node only gives another order of axes or another type, or None for other nodes."""
     node = value.producer()
-    if node is None or not is_op(node, "Transpose", "Identity") or has_references(node):
+    if node is None or not is_op(node, "Transpose", "Identity", "Cast", "DequantizeLinear") or has_references(node):
         return None
     return node.inputs[0]

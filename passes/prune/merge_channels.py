@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.coupling.analysis import Group, analyse
 from onnxopt.coupling.ledger import Ledger
-from onnxopt.coupling.likeness import Plan, inseparable, plans, sum_up
+from onnxopt.coupling.likeness import Plan, inseparable, plans, rounded, sum_up
 from onnxopt.coupling.preparation import preparations
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.selection import MAX_MULTIPLE, kept
@@ -79,6 +79,8 @@ class MergeChannels(GraphPass):
         for group in coupling.groups:
             if counts[group.name] < 1:
                 yield Refusal(sites[group.name], f"its {group.units} {group.noun} are too few to merge any")
+            elif rounded(group):
+                yield Refusal(sites[group.name], "a weight behind it is quantized, and sums of its slices would not be")
             elif inseparable(group, coupling):
                 yield Refusal(
                     sites[group.name], "it is also multiplied by other results, which cannot be summed up ahead"
