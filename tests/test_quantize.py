@@ -88,9 +88,8 @@ def test_a_slower_result_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> No
     honest = home.measure_models
 
     def slow(*args: Any, **kwargs: Any) -> Measurement:
-        return dataclasses.replace(
-            honest(*args, **kwargs, budget_seconds=0.1), ratio=2.0, low=1.9, high=2.1, verdict="slower"
-        )
+        found = honest(*args, **(kwargs | {"budget_seconds": 0.1}))
+        return dataclasses.replace(found, ratio=2.0, low=1.9, high=2.1, verdict="slower")
 
     monkeypatch.setattr(home, "measure_models", slow)
     result = quantize(measure=True)
