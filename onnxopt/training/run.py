@@ -89,11 +89,11 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         VerificationError: If the runtime computes something else than what was trained.
     """
     start, model, options = time.perf_counter(), interpreter.model, settings.options
-    learning, judging = split(examples, 0 if settings.folds else settings.validation, settings.recipe.seed)
+    learning, judging = split(examples, 0 if settings.judging_folds else settings.validation, settings.recipe.seed)
     trained, unreached = _reached(interpreter, _chosen(model, settings), examples.feeds[0], lesson.aim.values)
     key = _fingerprint(trained, examples, settings, lesson.key)
     before, after = None, None
-    if settings.folds:
+    if settings.judging_folds:
         before, after = _by_folds(model, list(trained), lesson, examples, settings, key)
     found, normalized = _fitted(model, trained, lesson, learning, judging, settings, key)
     result = with_parameters(model, found.values)
@@ -106,7 +106,7 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
         lesson.targets,
         before,
         after,
-        settings.folds,
+        settings.judging_folds,
         tuple(trained),
         tuple(name for name, each in trained.items() if each.is_made),
         unreached,
@@ -146,8 +146,8 @@ def _by_folds(
     No choice is made by these samples, so that the figures flatter nobody: every model is trained to the end.
     """
     each = np.zeros(len(examples))
-    for number, (outside, inside) in enumerate(folds(examples, settings.folds, settings.recipe.seed), 1):
-        settings.progress.stage(f"fold {number} of {settings.folds}")
+    for number, (outside, inside) in enumerate(folds(examples, settings.judging_folds, settings.recipe.seed), 1):
+        settings.progress.stage(f"fold {number} of {settings.judging_folds}")
         parameters = find_parameters(model)
         trained = {name: trainable(parameters[name]) for name in names}
         path = settings.checkpoint
@@ -212,7 +212,7 @@ def _scored(each: np.ndarray, lesson: Lesson) -> Score:
 
 def _fingerprint(trained: Mapping[str, Trainable], examples: Examples, settings: Settings, key: object) -> str:
     """Return what tells a run from others: its parameters, samples and settings."""
-    kind = (settings.recipe, settings.augmentation, settings.validation, settings.folds, settings.batchnorm)
+    kind = (settings.recipe, settings.augmentation, settings.validation, settings.judging_folds, settings.batchnorm)
     digest = hashlib.sha256(repr((*kind, tuple(settings.batchnorm_behind), key)).encode())
     for name, each in trained.items():
         digest.update(name.encode() + to_array(each.leaf).tobytes())

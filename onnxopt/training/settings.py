@@ -26,7 +26,7 @@ class Settings:
         train: Patterns of the names of parameters that are trained; all when there are none.
         freeze: Patterns of those that are not.
         validation: Share of the samples that judge and are not learnt from.
-        folds: How many folds judge instead; 0 for none.
+        judging_folds: How many folds judge instead; 0 for none.
         batchnorm: What BatchNormalization goes by; see `TrainingOptions`.
         batchnorm_behind: Patterns of the names of weights that one is put behind.
         threads: Threads of torch and of the runtime.
@@ -40,7 +40,7 @@ class Settings:
     train: Sequence[str]
     freeze: Sequence[str]
     validation: float
-    folds: int
+    judging_folds: int
     batchnorm: BatchNorm
     batchnorm_behind: Sequence[str]
     threads: int
@@ -51,8 +51,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
             raise UsageError(f"validation must be at least 0 and below 1, not {self.validation}.", "validation")
-        if self.folds < 0 or self.folds == 1:
-            raise UsageError(f"folds must be at least 2, or 0 for none, not {self.folds}.", "folds")
+        if self.judging_folds < 0 or self.judging_folds == 1:
+            raise UsageError(
+                f"judging_folds must be at least 2, or 0 for none, not {self.judging_folds}.", "judging_folds"
+            )
         if self.batchnorm not in BATCHNORM:
             raise UsageError(f'batchnorm must be {", ".join(BATCHNORM)}, not "{self.batchnorm}".', "batchnorm")
         if self.batchnorm_behind and self.batchnorm != "restored":
@@ -82,8 +84,10 @@ def settings(given: TrainingOptions, own: TrainingOptions, *, blend: float = 1.0
     for name in given:
         if name not in DEFAULTS:
             raise TypeError(f'There is no option "{name}".{nearest(name, list(DEFAULTS))}')
-    if given.get("folds") and given.get("validation"):
-        raise UsageError("folds and validation exclude each other; give one of them.", "folds", "validation")
+    if given.get("judging_folds") and given.get("validation"):
+        raise UsageError(
+            "judging_folds and validation exclude each other; give one of them.", "judging_folds", "validation"
+        )
     chosen: TrainingOptions = {**DEFAULTS, **own, **given}
     checkpoint = chosen["checkpoint"]
     return Settings(
@@ -103,7 +107,7 @@ def settings(given: TrainingOptions, own: TrainingOptions, *, blend: float = 1.0
         train=chosen["train"],
         freeze=chosen["freeze"],
         validation=chosen["validation"],
-        folds=chosen["folds"],
+        judging_folds=chosen["judging_folds"],
         batchnorm=chosen["batchnorm"],
         batchnorm_behind=chosen["batchnorm_behind"],
         threads=chosen["threads"],

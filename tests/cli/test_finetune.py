@@ -76,7 +76,7 @@ def _scores(digits: Path) -> np.ndarray:
 def test_folds_judge(tmp_path: Path, digits: Path, invoke: Invoke) -> None:
     model = reinitialize(onnxopt.load(MODELS / "mnist_cnn.onnx"), 0, train=["dense2*"])
     onnxopt.save(model, tmp_path / "new.onnx")
-    options = ("--train", "dense2*", "--lr", 0.02, "--epochs", 2, "--folds", 2)
+    options = ("--train", "dense2*", "--lr", 0.02, "--epochs", 2, "--judging-folds", 2)
     result = invoke("finetune", tmp_path / "new.onnx", "--data", digits, "-o", tmp_path / "out.onnx", *options)
     assert result.exit_code == 0, result.output
     assert "120 samples" in result.stdout and "figures of 2 folds" in result.stdout

@@ -284,9 +284,15 @@ def refusals() -> list[Any]:
         ({"x": x}, y, {"validation": 0.01}, DataError, "Of 6 samples, 0 would judge"),
         ({"x": x}, y, {"blend": 0.0}, UsageError, "blend cannot be 0.0"),
         ({"x": x}, y, {"mix": -1.0}, UsageError, "mix cannot be -1.0"),
-        ({"x": x}, y, {"folds": 1}, UsageError, "folds must be at least 2, or 0 for none"),
-        ({"x": x}, y, {"folds": 7}, DataError, "6 samples cannot be divided into 7 folds"),
-        ({"x": x}, y, {"folds": 2, "validation": 0.2}, UsageError, "folds and validation exclude each other"),
+        ({"x": x}, y, {"judging_folds": 1}, UsageError, "judging_folds must be at least 2, or 0 for none"),
+        ({"x": x}, y, {"judging_folds": 7}, DataError, "6 samples cannot be divided into 7 folds"),
+        (
+            {"x": x},
+            y,
+            {"judging_folds": 2, "validation": 0.2},
+            UsageError,
+            "judging_folds and validation exclude each other",
+        ),
         ({"x": x}, y, {"threads": 0}, UsageError, "threads must be at least 1"),
     ]
 
@@ -325,7 +331,7 @@ def test_parameters_that_no_gradient_reaches_are_told(blobs: Blobs) -> None:
 
 def test_folds_judge_and_the_result_learns_from_all_samples(network: onnx.ModelProto, blobs: Blobs) -> None:
     options: dict[str, Any] = {"epochs": 5, "learning_rate": 0.02}
-    found = finetune(network, *blobs, **options, folds=3)
+    found = finetune(network, *blobs, **options, judging_folds=3)
     whole = finetune(network, *blobs, **options, validation=0)
     assert all(np.array_equal(w, weights(whole.model)[name]) for name, w in weights(found.model).items())
     assert found.before is not None and found.after is not None and found.before.samples == found.after.samples == 180
@@ -341,7 +347,7 @@ def test_folds_judge_and_the_result_learns_from_all_samples(network: onnx.ModelP
 
 
 def test_folds_that_were_interrupted_go_on(network: onnx.ModelProto, blobs: Blobs, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"epochs": 3, "learning_rate": 0.02, "folds": 2}
+    options: dict[str, Any] = {"epochs": 3, "learning_rate": 0.02, "judging_folds": 2}
     whole = finetune(network, *blobs, **options)
     with pytest.raises(KeyboardInterrupt):
         finetune(network, *blobs, **options, checkpoint=tmp_path / "run.safetensors", progress=Interrupts("fold 2"))

@@ -86,7 +86,7 @@ def training_options(function: F) -> F:
             "keeps the last epoch unjudged.",
         ),
         click.option(
-            "--folds",
+            "--judging-folds",
             metavar="N",
             type=click.IntRange(min=2),
             help="Judge by folds instead of --validation: train N times without a part of the samples and judge by it; "
