@@ -22,8 +22,8 @@ The graph is run in torch (pip install 'onnxopt[torch]'), after a comparison wit
 back by name and all else stays as it is. Labels are whole numbers for classes, or numbers of the output's shape.
 The state that does best on the validation samples is kept. Because it was chosen by them, its figure is a little
 flattering: judge it once more on samples that nothing has seen. Of few samples, none need be kept: --judging-folds
-judges by models that were each trained without a part of them, and OUT learns from all. What MODEL has learnt from before, such
-as the samples a new head was fitted to, cannot judge; take --validation 0 then.
+judges by models that were each trained without a part of them, and OUT learns from all. What MODEL has learnt from
+before, such as the samples a new head was fitted to, cannot judge; take --validation 0 then.
 
 Exit codes: 0 done, and OUT was written; 1 no epoch was better than the model as it is, or verification failed (OUT is
 not written); 2 usage, unreadable input or unwritable output; 130 interrupted (--checkpoint goes on from there).

@@ -50,7 +50,6 @@ Exit codes: 0 done; 1 the new model does not compute what was fitted; 2 usage, u
     "--shift",
     metavar="PIXELS",
     type=click.IntRange(min=0),
-    default=0,
     help="Also learn from images moved by so many pixels, if that classifies more samples rightly; for images whose "
     "class does not depend on where they are.",
 )
@@ -77,7 +76,8 @@ def command(
     from onnxopt.model import save
 
     with drawing(quiet=quiet) as progress:
-        result = head(model, progress=progress, **settings | {"method": settings["method"] or "auto"})
+        chosen = settings | {"method": settings["method"] or "auto", "shift": settings["shift"] or 0}
+        result = head(model, progress=progress, **chosen)
         report = result.report
         if out is not None:
             progress.stage(f"writing {out}")
