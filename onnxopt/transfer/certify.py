@@ -2,7 +2,7 @@
 
 Rounding must not hide an error, nor pass for one. So what is compared is free of it: both models in real numbers, and
 where the target stores its parameters in fewer bits, the source with the parameters that the target ended up with,
-moved back. Each is within a step of its grid of what it was (see `quantized`), and a parameter in a wrong place moves
+moved back. Writing integers made sure that each is within a step of its number, and a parameter in a wrong place moves
 back to where it came from and shows. What rounding costs as the models run is measured apart.
 """
 

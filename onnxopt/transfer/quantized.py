@@ -92,11 +92,21 @@ class Dequantized:
         codes = np.rint(array / scale) + self._spread(offset)
         # A symmetric grid of signed integers has no use for its lowest code.
         self.integers.write(np.clip(codes, low + 1 if zero is None and low < 0 else low, high), store)
+        self._require_near(array, scale, store)
 
     def _write_sums(self, array: Array, store: Store) -> None:
         """Quantize a bias, whose scale is the product of two others and so is not for it to choose."""
         scale = self._spread(self.scale.read(store).astype(np.float64))
         self.integers.write(np.clip(np.rint(array / scale), -(2**31), 2**31 - 1), store)
+        self._require_near(array, scale, store)
+
+    def _require_near(self, array: Array, scale: Array, store: Store) -> None:
+        """Raise where an integer stands for something else than its number, rounded: half a step and half of 0's."""
+        step = np.broadcast_to(np.abs(scale), array.shape)
+        # Integers are multiplied in float32, in which large ones of 32 bits are rounded again.
+        slack = step + 2.0**-22 * np.abs(array)
+        if np.any(np.abs(self.read(store) - array) > slack):
+            raise Unwritable("the target's grid for it does not reach as far as the source's numbers")
 
     def _spread(self, values: Array) -> Array:
         if self.block == 1:

@@ -12,7 +12,6 @@ from onnxopt.analysis.shapes import Shapes
 from onnxopt.graph import (
     Names,
     Scope,
-    attribute,
     cannot_replace,
     constant_array,
     first_output,
@@ -38,6 +37,7 @@ class Conversion:
         tracer: Reads constants.
         floats: Value of integers -> the value in real numbers that they stand for.
         scales: Value of integers -> their scale.
+        rows: (Rows of a table of integers, their scale) -> the rows in real numbers.
     """
 
     def __init__(self, real: Real) -> None:
@@ -46,6 +46,7 @@ class Conversion:
         self.tracer = Tracer(Shapes(real.model))
         self.floats: dict[ir.Value, ir.Value] = {}
         self.scales: dict[ir.Value, ir.Value] = {}
+        self.rows: dict[tuple[ir.Value, ir.Value | None], ir.Value] = {}
         self._names = Names(real.model)
 
     def fresh(self, like: ir.Value, op_type: str, inputs: list[ir.Value | None]) -> ir.Node:
@@ -85,11 +86,20 @@ class At:
     def rows(self, integers: ir.Value, scale: ir.Value | None, zero: ir.Value | None) -> ir.Value | None:
         """Return rows that are taken from a table of integers in real numbers; None where they are something else."""
         node = integers.producer()
-        if node is None or not is_op(node, "Gather"):
+        if node is None or not is_op(node, "Gather", "Reshape", "Squeeze", "Transpose", "Unsqueeze"):
             return None
-        table = self.weight(node.inputs[0], scale, zero, ())
-        axis = attribute(node, "axis", 0)
-        return None if table is None else self.op("Gather", [table, node.inputs[1]], {"axis": axis})
+        known = self.conversion.rows
+        if (integers, scale) in known and node.graph is self.node.graph:
+            return known[integers, scale]
+        source = node.inputs[0]
+        inner = self.weight(source, scale, zero, ()) if is_op(node, "Gather") else None
+        if inner is None:
+            inner = None if source is None else self.rows(source, scale, zero)
+        attributes = {n: a.value for n, a in node.attributes.items()}
+        if inner is None:
+            return None
+        known[integers, scale] = self.op(node.op_type, [inner, *node.inputs[1:]], attributes)
+        return known[integers, scale]
 
     def weight(
         self,

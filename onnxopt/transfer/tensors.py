@@ -42,10 +42,18 @@ class Store:
         return tensor.numpy()
 
     def put(self, value: ir.Value, array: Array) -> None:
-        """Store an array instead, in the type and shape of the model's own."""
+        """Store an array instead, in the type and shape of the model's own.
+
+        Raises:
+            Unwritable: If its numbers are too large for the type.
+        """
         tensor = constant_tensor(value)
         assert tensor is not None, f"{value.name} is no constant"
-        self.written[value] = array.astype(tensor.dtype.numpy()).reshape(tuple(tensor.shape.numpy()))
+        with np.errstate(over="ignore"):
+            stored = array.astype(tensor.dtype.numpy())
+        if tensor.dtype == ir.DataType.FLOAT16 and not np.isfinite(stored).all() and np.isfinite(array).all():
+            raise Unwritable("float16 does not reach as far as the source's numbers")
+        self.written[value] = stored.reshape(tuple(tensor.shape.numpy()))
 
 
 class Tensor(Protocol):

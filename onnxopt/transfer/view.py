@@ -287,7 +287,7 @@ class Viewer:
         if node.op_type in _FIRST_ONLY and not is_op(node, "Slice"):
             return
         for index, value in enumerate(node.inputs):
-            if (node, index) in self._absorbed or value is None or value in self._ways:
+            if (node, index) in self._absorbed or value is None or self._of(value):
                 continue
             weight = self.tracer.parameter(value)
             if weight is None or not self._enters(node, value):

@@ -112,6 +112,25 @@ def test_forms_of_the_runtime(name: str, form: str, tmp_path: Path) -> None:
     assert _deviation(source, back.model) < 0.05
 
 
+def test_a_recurrent_layer_behind_a_table(tmp_path: Path) -> None:
+    """The table's rows are turned as integers; the weights of an LSTM are stored transposed, a scale per direction."""
+    text = """
+    g (int64[2, 5] ids) => (float[5, 1, 2, 8] y) {
+        a = Gather(table, ids)  b = Transpose<perm = [1, 0, 2]>(a)  y = LSTM<hidden_size = 8>(b, w, r, bias)
+    }
+    """
+    weights = {"table": (4, 12), "w": (1, 32, 12), "r": (1, 32, 8), "bias": (1, 64)}
+    source, other = build(text, weights, 1), build(text, weights, 2)
+    path = str(tmp_path / "integers.onnx")
+    FORMS["dynamic"](other, path)
+    assert "DynamicQuantizeLSTM" in {n.op_type for n in onnx.load(path).graph.node}
+    for one, two in ((source, path), (path, source)):
+        result = onnxopt.transfer(one, two)
+        assert result.coverage == 1
+        assert result.certificate is not None
+        assert result.certificate.verdict == "close"
+
+
 def test_a_bias_in_sums_follows_the_scale_of_its_weight(tmp_path: Path) -> None:
     """The step of a bias of 32 bits is that of the input times that of the weight, which a transfer changes."""
     source, path = build(NET, {**NET_WEIGHTS, "first": (16, 3, 3, 3)}, 1), str(tmp_path / "pairs.onnx")

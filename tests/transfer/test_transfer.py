@@ -155,6 +155,17 @@ def test_into_integers_and_back(passes: str) -> None:
     assert np.abs(outputs(back.model)[0] - expected).max() < 0.15 * np.abs(expected).max()
 
 
+def test_numbers_that_a_type_cannot_hold_stay_out() -> None:
+    """float16 ends at 65,504."""
+    sizes = {"w_0": (16, 8), "b_0": (16,), "w_1": (4, 16), "b_1": (4,)}
+    source = build(GEMM, {**sizes, "b_0": np.full(16, 1e6, np.float32)}, 1)
+    text = GEMM.replace("h1 = Gemm", "b_0 = Cast<to = 1>(half)  h1 = Gemm")
+    small = build(text, {**{n: s for n, s in sizes.items() if n != "b_0"}, "half": np.ones(16, np.float16)}, 2)
+    result = onnxopt.transfer(source, small)
+    left = {p.reason for p in result.parameters if not p.moved}
+    assert left == {"float16 does not reach as far as the source's numbers"}
+
+
 def test_shared_numbers_are_stored_apart_where_the_source_has_different_ones(agree: Agree) -> None:
     text = """
     g (float[n, 8] x) => (float[n, 8] y) {
