@@ -109,6 +109,17 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lab, "measure", short)
 
 
+def always_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every model take half of the original's time, so that noise decides nothing."""
+    measure = lab.measure
+
+    def steady(*models: Any, **options: Any) -> Any:
+        return dataclasses.replace(measure(*models, **options), ratio=0.5, low=0.5, high=0.5)
+
+    monkeypatch.setattr(importlib.import_module("onnxopt.ground"), "measure_models", steady)
+    monkeypatch.setattr(lab, "measure", steady)
+
+
 def register(monkeypatch: pytest.MonkeyPatch, **passes: type[GraphPass]) -> None:
     """Have passes of this module found under names with `_` for `-`; only they and quantize-weights are proposed."""
     made_up = {name.replace("_", "-"): cls for name, cls in passes.items()}
@@ -220,6 +231,7 @@ def test_without_data_a_budget_of_error_is_judged_by_generated_inputs(monkeypatc
 
 def test_a_state_file_saves_evaluations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     register(monkeypatch)
+    always_as_fast(monkeypatch)
     options = {"target": "cpu", "max_error": 0.5, "state": tmp_path / "s.json"}
     first = onnxopt.optimize(CNN, **options).report
     monkeypatch.setattr(lab.RuntimeLab, "examine", None)

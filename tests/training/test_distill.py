@@ -56,7 +56,7 @@ def test_a_smaller_student_learns_the_classes_of_its_teacher_without_labels(teac
 
 def test_a_student_learns_with_batchnorm_and_is_judged_by_folds(teacher: Any, blobs: Blobs) -> None:
     found = distill(
-        teacher, small(), blobs[0], epochs=20, learning_rate=0.03, batchnorm="restored", folds=3, patience=1
+        teacher, small(), blobs[0], epochs=20, learning_rate=0.03, batchnorm="restored", judging_folds=3, patience=1
     )
     assert found.restored == ("w1",) and found.folds == 3 and found.best == 20
     assert found.before is not None and found.after is not None and found.after.samples == 180
