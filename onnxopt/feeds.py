@@ -195,23 +195,25 @@ def _new(sizes: dict[str, int], tried: list[dict[str, int]]) -> Iterator[dict[st
 
 def _advice(model: ir.Model, axes: Axes, failure: RuntimeFailure) -> str:
     """Say which inputs are involved in a failure and what to pass instead."""
-    involved = _involved(model, str(failure)) or list(axes.shapes)
-    described = ", ".join(f"{name} {_described(axes, name)}" for name in involved[:4])
-    keys = [axis.key for axis in axes if axis.input in involved]
+    involved = _involved(model, str(failure))
+    said = f"Generated inputs do not run the model. {str(failure).rstrip('.')}."
+    if involved is not None and not involved:
+        return f"{said} It depends on no input, so that no others help; correct the model."
+    named = list(axes.shapes) if involved is None else involved
+    described = ", ".join(f"{name} {_described(axes, name)}" for name in named[:4])
+    keys = [axis.key for axis in axes if axis.input in named]
     example = ",".join(f"{key}=N" for key in dict.fromkeys(keys[:2]))
     sizes = f"sizes that fit with --shape {example}, or " if example else ""
-    return (
-        f"Generated inputs do not run the model. {str(failure).rstrip('.')}. It depends on {described}; "
-        f"pass {sizes}real inputs with --data."
-    )
+    depends = "Its inputs are" if involved is None else "It depends on"
+    return f"{said} {depends} {described}; pass {sizes}real inputs with --data."
 
 
 def _described(axes: Axes, name: str) -> str:
     return f"[{', '.join(str(d) for d in axes.shapes[name])}]"
 
 
-def _involved(model: ir.Model, message: str) -> list[str]:
-    """Return the graph inputs that the input or node named in a message depends on."""
+def _involved(model: ir.Model, message: str) -> list[str] | None:
+    """Return the graph inputs that the input or node named in a message depends on; None where none is named."""
     named = re.search(r'input "([^"]+)"', message)
     names = [v.name or "" for v in model.graph.inputs]
     if named and named[1] in names:
@@ -219,13 +221,13 @@ def _involved(model: ir.Model, message: str) -> list[str]:
     # A node that failed within a body is named after the node that carries the body.
     blamed = re.findall(r'node "([^"]+)"', message)
     if not blamed:
-        return []
+        return None
     for scope in scopes(model):
         for node in scope.graph:
             if node.name == blamed[-1]:
                 needed = _ancestors(model, node)
                 return [name for name in names if name in needed]
-    return []
+    return None
 
 
 def _ancestors(model: ir.Model, node: ir.Node) -> set[str]:

@@ -312,6 +312,16 @@ def _run_options(settings: Settings) -> RunOptions:
     return RunOptions(provider, threads, tuple(settings.custom_ops), settings.allow_fallback)
 
 
+def elsewhere(settings: Settings) -> str:
+    """Say that the target's provider is missing here and another one was taken; empty when it was not."""
+    if settings.target != "cuda" or settings.provider is not None or _has_cuda():
+        return ""
+    return (
+        "The target is cuda, and the installed ONNX Runtime has no provider cuda: what is compared and timed here ran "
+        "on the cpu, whose latency tells nothing of a GPU's"
+    )
+
+
 def _has_cuda() -> bool:
     return "CUDAExecutionProvider" in runtime.available_providers()
 

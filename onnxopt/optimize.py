@@ -14,13 +14,13 @@ from onnxopt.analysis.inspect import summary_stats
 from onnxopt.contract import Context, GraphPass, Progress, Silent, Target
 from onnxopt.errors import UsageError
 from onnxopt.feeds import Data
-from onnxopt.ground import Bench, Ground, Settings, Source, prepare
+from onnxopt.ground import Bench, Ground, Settings, Source, elsewhere, prepare
 from onnxopt.inputs.likeness import unlike
 from onnxopt.judge import Budget
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
 from onnxopt.patch import apply_patch
-from onnxopt.pipeline import Pipeline
+from onnxopt.pipeline import RECIPES, Pipeline
 from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, SearchReport, SlowPass
 from onnxopt.report.environment import environment
 from onnxopt.report.removals import reached
@@ -225,10 +225,16 @@ def _replay(model: Source, patch: str | os.PathLike[str], settings: Settings, to
         verification = bench.check(result, history.guarantee, ground.budget)
         not_run = bench.branches_not_run(result)
         metric = _metric(ground.reference, result, ground.budget, ground.options, bench)
-    note = f"Made again from {os.fspath(patch)}, which holds the result of {history.pipeline or 'no pass'}."
+    note = f"Made again from {os.fspath(patch)}, which holds the result of {_in_words(history.pipeline)}."
     notes = (note, not_run) if not_run else (note,)
     replayed = Pipeline((), "replay")
     return _result(ground, replayed, outcome, measurement, (), verification, metric, notes=notes)
+
+
+def _in_words(pipeline: str) -> str:
+    """Name the recipe whose pipeline string this is; otherwise its passes, with room to break the line."""
+    recipe = next((name for name in RECIPES if str(Pipeline.recipe(name)) == pipeline), "")
+    return f"the recipe {recipe}" if recipe else pipeline.replace(",", ", ") or "no pass"
 
 
 def _search(model: Source, settings: Settings) -> Result:
@@ -297,7 +303,7 @@ def _result(
 ) -> Result:
     """Put the report together."""
     bench, settings, parts = ground.bench, ground.settings, ground.parts
-    said = (*_notes(outcome, pipeline.passes, bench), *notes)
+    said = (*filter(None, (elsewhere(settings),)), *_notes(outcome, pipeline.passes, bench), *notes)
     if parts is not None:
         said = (*said, *filter(None, (parts.note,)), *unlike(parts.calibration, parts.evaluation))
     if metric is not None and search is None and ground.budget.metric_reason:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.contract import Context, GraphPass, Guarantee, Refusal, Site
+from onnxopt.contract import NEEDS_DATA, Context, GraphPass, Guarantee, Progress, Refusal, Silent, Site
 from onnxopt.errors import UsageError
 from onnxopt.graph import copied
 from onnxopt.pipeline import make_pass, spec
@@ -16,6 +16,13 @@ from onnxopt.trial import MAX_ROUNDS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
+
+
+UNTRIED = (
+    "what it would do depends on the values that the model computes with, and nothing is run here; try it with "
+    "`onnxopt optimize --data`"
+)
+"""Why a pass that depends on data is not tried: a preview has no data to be given."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,12 +68,23 @@ def preview(model: ir.Model, passes: Sequence[GraphPass], ctx: Context) -> tuple
     return tuple(_preview(trial, graph_pass, ctx, apply=True) for graph_pass in passes)
 
 
-def survey(model: ir.Model, ctx: Context) -> tuple[Preview, ...]:
+def survey(model: ir.Model, ctx: Context, progress: Progress | None = None) -> tuple[Preview, ...]:
     """Run every registered pass with its default options, each on a clone of its own.
 
     Edits of lossy passes are counted but not made: they would compute new weights that nobody looks at.
+
+    Args:
+        model: The model; it is not changed.
+        ctx: What passes may know.
+        progress: Told which pass is tried.
     """
-    return tuple(_survey(model, name, ctx) for name in entries())
+    return tuple(_previewed(model, ctx, progress or Silent()))
+
+
+def _previewed(model: ir.Model, ctx: Context, progress: Progress) -> Iterator[Preview]:
+    for name in entries():
+        progress.stage(f"trying {name}")
+        yield _survey(model, name, ctx)
 
 
 def _survey(model: ir.Model, name: str, ctx: Context) -> Preview:
@@ -84,6 +102,7 @@ def _preview(trial: ir.Model, graph_pass: GraphPass, ctx: Context, *, apply: boo
     ctx = dataclasses.replace(ctx, shapes=Shapes(trial))
     try:
         skipped = graph_pass.skip_reason(trial, ctx) or ""
+        skipped = UNTRIED if skipped == NEEDS_DATA else skipped
         if not skipped:
             _run(trial, graph_pass, ctx, edits, refusals, apply=apply)
     except Exception as error:  # a pass may be anybody's code; what it raises is what the user asked to see

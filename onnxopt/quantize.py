@@ -227,6 +227,10 @@ def quantize(
     selection = Selection(tuple(only), tuple(exclude))
 
     def deny(start: ir.Model, ctx: Context) -> Denials:
+        # Told before the passes run and are timed: what it depends on does not change while they do.
+        skipped = pipeline.passes[-1].skip_reason(start, ctx)
+        if skipped is not None:
+            raise NothingDoneError(f"Nothing was quantized: {pipeline.passes[-1].name}: {skipped.rstrip('.')}.")
         return _denials(start, ctx, pipeline, selection)
 
     result = carry_out(model, pipeline, settings, deny=deny, settle=slowness.accept)

@@ -456,5 +456,5 @@ def _sizes(model: ir.Model, feeds: Iterable[Feed]) -> tuple[tuple[str, tuple[int
                 continue
             for axis, (dim, size) in enumerate(zip(value.shape, array.shape, strict=True)):
                 if not isinstance(dim, int):
-                    sizes.setdefault(str(dim.value or f"{value.name}[{axis}]"), set()).add(size)
+                    sizes.setdefault(str(dim.value or f"{value.name}:{axis}"), set()).add(size)
     return tuple((axis, tuple(sorted(found))) for axis, found in sizes.items())

@@ -486,3 +486,15 @@ def test_any_input_can_be_generated_and_run(dims: list[int | str], dtype: str, n
             array = session.run(feed)["y"]
             assert array.shape == feed[name].shape
             assert all(want == got for want, got in zip(dims, array.shape, strict=True) if isinstance(want, int))
+
+
+def test_giving_up_on_constants_alone_advises_no_other_inputs() -> None:
+    model = parse("g (float[2] a) => (float[2] y) <int64[1] s = {-5}> { [fill] f = ConstantOfShape(s) y = Add(a, f) }")
+    with pytest.raises(DataError) as caught:
+        generate_runnable(model, fails_unless(lambda f: False, 'ConstantOfShape (node "fill") failed: negative.'))
+    assert str(caught.value).endswith("It depends on no input, so that no others help; correct the model.")
+
+
+def test_giving_up_without_a_name_does_not_claim_that_inputs_are_to_blame() -> None:
+    with pytest.raises(DataError, match=r"failed: out of memory\. Its inputs are x \[N, 3, H, W\]; pass sizes"):
+        generate_runnable(IMAGE, fails_unless(lambda f: False, "Neg failed: out of memory."))

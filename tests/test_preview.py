@@ -8,11 +8,11 @@ import pytest
 
 from onnxopt import registry, runtime
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
+from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Silent, Site
 from onnxopt.errors import UsageError
 from onnxopt.graph import remove_node, replace_value
-from onnxopt.pipeline import Pipeline
-from onnxopt.preview import preview, survey
+from onnxopt.pipeline import Pipeline, make_pass
+from onnxopt.preview import UNTRIED, preview, survey
 
 TEXT = """
     <ir_version: 8, opset_import: ["" : 17]>
@@ -136,3 +136,22 @@ def test_survey_tells_what_a_pass_needs(model: ir.Model, monkeypatch: pytest.Mon
 def test_the_spec_is_a_pipeline(model: ir.Model) -> None:
     passes = Pipeline.parse("quantize-weights{min_elements=2}").passes
     assert preview(model, passes, CONTEXT)[0].spec == "quantize-weights{min_elements=2}"
+
+
+def test_a_preview_does_not_advise_options_it_does_not_have(model: ir.Model) -> None:
+    (done,) = preview(model, [make_pass("quantize-static", {})], CONTEXT)
+    assert done.skipped == UNTRIED
+    assert [name for name, words in ((p.name, p.skipped) for p in survey(model, CONTEXT)) if "force-cal" in words] == []
+
+
+def test_a_survey_says_how_far_it_is(model: ir.Model) -> None:
+    class Log(Silent):
+        def __init__(self) -> None:
+            self.stages: list[str] = []
+
+        def stage(self, text: str, total: int | None = None) -> None:
+            self.stages.append(text)
+
+    log = Log()
+    survey(model, CONTEXT, log)
+    assert log.stages == [f"trying {name}" for name in registry.entries()]

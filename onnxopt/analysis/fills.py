@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -10,6 +11,9 @@ import onnx_ir as ir
 
 from onnxopt.graph import attribute, constant_array, constant_ints, has_references, is_op, scopes
 from onnxopt.rewrite import Builder
+
+_MAX_ELEMENTS = 1 << 58
+"""Beyond it, NumPy cannot address a tensor of 16-byte elements, not even as a view of one."""
 
 STORED_BYTES = 2048
 """Tensors up to this size are stored even when they could be filled in: a node costs more than they do."""
@@ -29,7 +33,7 @@ def fill(value: ir.Value | None) -> np.ndarray[Any, Any] | None:
         return None if inner is None or axes is None else np.expand_dims(inner, tuple(axes))
     shape = constant_ints(node.inputs[0])
     number = attribute(node, "value")
-    if shape is None or min(shape, default=0) < 0:
+    if shape is None or min(shape, default=0) < 0 or math.prod(size for size in shape if size) > _MAX_ELEMENTS:
         return None
     element = np.zeros((), np.float32) if number is None else number.numpy().reshape(())
     return np.broadcast_to(element, shape)

@@ -62,7 +62,7 @@ def count(model: ir.Model, sizes: Mapping[str, int] | None = None) -> Flops:
 
     Args:
         model: The model; it is not changed.
-        sizes: Sizes of dynamic axes of the inputs: by name, or as "input[index]" for an axis without one. For
+        sizes: Sizes of dynamic axes of the inputs: by name, or as "input:index" for an axis without one. For
             others sizes are assumed, which the result states.
     """
     if model.functions:
@@ -119,7 +119,7 @@ def _assume(model: ir.Model, shapes: Shapes, sizes: Mapping[str, int]) -> tuple[
                 if symbol in symbols:
                     continue
                 name, nameless = symbol
-                place = f"{value.name}[{axis}]"
+                place = f"{value.name}:{axis}"
                 guess = 1 if axis == 0 else IMAGE_SIDE if len(shape) == 4 else LENGTH
                 key = place if nameless else name
                 symbols[symbol] = assumed[key] = sizes.get(key, guess)

@@ -345,7 +345,7 @@ def _dynamic_axes(values: Iterable[ir.Value]) -> tuple[tuple[str, tuple[str, ...
     for value in values:
         for axis, dim in enumerate(value.shape or ()):
             if not isinstance(dim, int):
-                where.setdefault(str(_dimension(dim)), []).append(f"{value.name}[{axis}]")
+                where.setdefault(str(_dimension(dim)), []).append(f"{value.name}:{axis}")
     return tuple((name, tuple(places)) for name, places in where.items())
 
 

@@ -43,8 +43,8 @@ written); 2 usage, unreadable input or unwritable output; 130 interrupted (--che
 @options.training_options
 def command(teacher: str, student: str, output: str, data: str, as_json: bool, quiet: bool, **settings: Any) -> None:
     """Train STUDENT to compute what TEACHER computes, such as the original of a pruned model."""
-    path = files.destination(student, output, in_place=False)
-    files.destination(teacher, output, in_place=False)
+    path = files.destination(student, output)
+    files.destination(teacher, output)
 
     from onnxopt.training.distill import distill
 

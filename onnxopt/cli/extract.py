@@ -52,7 +52,7 @@ Exit codes: 0 done, and OUT was written if one was named; 1 the part cannot be c
 def command(model: str, output: str | None, manifest: str | None, quiet: bool, **settings: Any) -> None:
     """Cut a part out of MODEL, with all that it needs, and prove that it computes the same alone."""
     cut = _cut(model, settings)
-    target = destination(model, output, in_place=False)
+    target = destination(model, output)
     record = manifest_file(manifest, target, model)
 
     from onnxopt.cli.running import options_of

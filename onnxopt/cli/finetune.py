@@ -55,7 +55,7 @@ def command(
     model: str, output: str, data: str, labels: str | None, as_json: bool, quiet: bool, **settings: Any
 ) -> None:
     """Train the parameters of MODEL on labelled samples; the graph stays as it is."""
-    path = files.destination(model, output, in_place=False)
+    path = files.destination(model, output)
 
     from onnxopt.training.finetune import finetune
 

@@ -75,9 +75,9 @@ def command(
     **settings: Any,
 ) -> None:
     """Put a part of DONOR into HOST, and prove what it computes there."""
-    target = destination(host, output, in_place=False)
+    target = destination(host, output)
     if target is not None:
-        destination(donor, output, in_place=False)
+        destination(donor, output)
     record = manifest_file(manifest, target, host, donor)
     if (settings["replace"] is None) == (settings["after"] is None):
         raise UsageError("Give either --replace, a part of HOST, or --after, a tensor of it.")

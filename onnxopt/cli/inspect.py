@@ -10,6 +10,7 @@ import click
 
 from onnxopt.cli import options
 from onnxopt.cli.output import show
+from onnxopt.cli.progress import drawing
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,13 +50,17 @@ def command(model: str, shape: dict[str, int] | None, target: Target, survey: bo
     from onnxopt.analysis.inspect import inspect
     from onnxopt.analysis.shapes import Shapes
     from onnxopt.contract import Context
+    from onnxopt.inputs.axes import Axes
     from onnxopt.model import load
 
     loaded = load(model)
-    facts = inspect(loaded, shape)
+    sizes = Axes([v for v in loaded.graph.inputs if not v.is_initializer()]).overrides(shape or {})
+    facts = inspect(loaded, sizes)
     previews: tuple[Preview, ...] = ()
     if survey:
-        previews = preview.survey(loaded, Context(target, seed, runtime.evaluate_node, Shapes(loaded)))
+        with drawing() as progress:
+            ctx = Context(target, seed, runtime.evaluate_node, Shapes(loaded))
+            previews = preview.survey(loaded, ctx, progress)
     if as_json:
         click.echo(_json(model, facts, previews), nl=False)
     else:
@@ -129,11 +134,14 @@ def _value(value: ValueFacts) -> tuple[str, str]:
 
 
 def _operators(facts: ModelFacts, console: Console) -> None:
+    from onnxopt.report.words import count
+
     _list(console, "Operators", [("", ", ".join(f"{name} {times:,}" for name, times in facts.ops))])
     functions = ((f.name, f"{f.nodes:,} nodes, called {f.calls:,} times") for f in facts.functions)
     _list(console, "Functions", functions)
     if facts.nested_graphs:
-        _list(console, "Nested graphs", [("", f"{facts.nested_graphs:,} bodies of If, Loop, Scan and the like")])
+        nested = count(facts.nested_graphs, "body", "bodies")
+        _list(console, "Nested graphs", [("", f"{nested} of If, Loop, Scan and the like")])
     _list(console, "Operators outside of the ONNX standard", ((n, f"{t:,}") for n, t in facts.custom_ops))
     _list(console, "Operators this opset does not have", ((n, f"{t:,}") for n, t in facts.unknown_ops))
 

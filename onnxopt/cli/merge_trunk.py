@@ -46,7 +46,7 @@ def command(
     if len(models) < 2:
         raise UsageError("Give two or more models to merge.")
     for model in models:
-        files.destination(model, output, in_place=False)
+        files.destination(model, output)
     settings = {"verify": True, "measure": measure, "max_error": None, "max_drop": None}
     wanted = ending(
         models[0],

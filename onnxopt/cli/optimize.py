@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxopt.cli import options
+from onnxopt.cli import files, options
 from onnxopt.cli.ending import ending, finish
 from onnxopt.errors import VerificationError
 
@@ -78,6 +78,9 @@ def command(
         quiet=quiet,
         patch=patch,
     )
+
+    if settings["state"] is not None:
+        files.check_state(settings["state"])
 
     from onnxopt.optimize import optimize
 

@@ -80,9 +80,9 @@ def command(
     from onnxopt.textfile import write_text
     from onnxopt.transfer.run import transfer
 
-    goal = destination(src, output, in_place=False)
+    goal = destination(src, output)
     if goal is not None and dst is not None:
-        destination(dst, output, in_place=False)
+        destination(dst, output)
     account = _manifest_file(manifest, src, dst, goal)
     with drawing() as progress:
         result = transfer(

@@ -180,7 +180,11 @@ def _check_keys(where: str, members: Mapping[str, _Member], slots: Mapping[str, 
             raise DataError(f'{where}: the input "{key}" is no tensor; give such inputs with module:function.')
     missing = [slot for slot in slots.values() if slot.required and slot.name not in members]
     if missing:
-        raise DataError(f'{where}: there is no array for the input "{missing[0].name}" ({missing[0].text}).')
+        name = missing[0].name
+        raise DataError(
+            f'{where}: there is no array for the input "{name}" ({missing[0].text}); add one under the key "{name}", '
+            "with a value per sample or one for all of them."
+        )
 
 
 def _check_dtype(member: _Member, slot: Slot) -> dict[str, None]:

@@ -26,6 +26,7 @@ from onnxopt.proto.checks import (
 )
 from onnxopt.proto.collector import garbage_collection_paused
 from onnxopt.proto.datafile import DataFile
+from onnxopt.proto.expansion import require_expandable
 from onnxopt.proto.folder import Folder
 from onnxopt.proto.keys import (
     ANNOTATIONS,
@@ -103,6 +104,7 @@ class _Decoder:
         if self._ir_version < FIRST_IR_WITH_CONSTANTS:
             _take_out_initializers(graph)
         functions = self._functions(proto, graph)
+        require_expandable(graph, functions)
         if self._source.folder.is_used:
             graph.meta[HAD_EXTERNAL_DATA] = True
         if proto.training_info:

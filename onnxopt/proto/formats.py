@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx
 from google.protobuf import json_format, text_format
 from google.protobuf.message import DecodeError
@@ -94,6 +96,18 @@ def parse(file: DataFile, markers: Markers) -> onnx.ModelProto:
     except (WireError, DecodeError) as error:
         raise ModelError(f"{_guess(head)} ({error}).") from error
     return proto
+
+
+def may_be_a_model(path: Path) -> bool:
+    """Whether an existing file is called like a model, begins like one, or is empty.
+
+    The first field of a model is its IR version, a small number.
+    """
+    if path.suffix.lower() == ".onnx" or format_of(path.suffix) is not None:
+        return True
+    with path.open("rb") as file:
+        head = file.read(2)
+    return not head or (head[0] == 0x08 and len(head) == 2 and 0 < head[1] < 0x80)
 
 
 def _guess(head: bytes) -> str:

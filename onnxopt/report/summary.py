@@ -51,10 +51,10 @@ def headline_parts(report: Report) -> list[str]:
     asked = [f"{words.printable(axis)} fixed to {size}" for axis, size in report.fixed_axes]
     if report.opset[0] != report.opset[1]:
         asked.append(f"opset {report.opset[0]} -> {report.opset[1]}")
-    if report.applied or asked:
+    if report.applied or asked or before != after:
         nodes = f"{before.nodes:,} -> {words.count(after.nodes, 'node')}"
         # what the passes found is the news; what was asked for is, where they found nothing
-        nodes = nodes if report.applied else ", ".join([*asked, nodes])
+        nodes = ", ".join([*([] if report.applied else asked), nodes])
         size = words.sizes(before.bytes, after.bytes)
     else:
         nodes = f"nothing to change, {words.count(before.nodes, 'node')}"

@@ -3,7 +3,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxopt.analysis.fills import constant_or_fill, fill, is_uniform, store
+from onnxopt.analysis.fills import constant_or_fill, fill, filled_elements, is_uniform, store
 from onnxopt.graph import Names, root_scopes
 from onnxopt.rewrite import Builder
 
@@ -65,3 +65,14 @@ def test_only_large_uniform_tensors_are_filled_in(array, is_filled):
     stored = store(builder, "w", array.astype(np.float32))
     assert (fill(stored) is not None) == is_filled
     assert np.array_equal(constant_or_fill(stored), array)
+
+
+def test_a_shape_beyond_what_numpy_addresses_is_no_fill():
+    """NumPy raises for it, even where the tensor is a view of one element."""
+    text = """
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[1] x) => (float y) <int64[2] s = {%d, %d}> { f = ConstantOfShape(s) y = ReduceSum(f) }
+    """
+    large, absurd = (ir.from_proto(onnx.parser.parse_model(text % (2**n, 2**20))) for n in (30, 40))
+    assert filled_elements(large) == 2**50
+    assert filled_elements(absurd) == 0

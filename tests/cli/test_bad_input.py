@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
 import subprocess
@@ -221,3 +222,74 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, what: str) -> None:
     assert done.stderr.splitlines()[-1] == f"Error: {arguments[1]} cannot be written: File too large."
     assert names_in(tmp_path) == ["m.onnx", "old.json", "old.onnx"]
     assert (tmp_path / arguments[1]).read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("option", ["-o", "--patch"])
+@pytest.mark.parametrize("name", ["data.npz", "weights.data"])
+def test_what_is_no_model_is_not_overwritten_by_one(
+    invoke: Invoke, model: Path, tmp_path: Path, option: str, name: str
+) -> None:
+    """Data given as the output by mistake would be lost."""
+    precious = tmp_path / name
+    precious.write_bytes(b"PK\x03\x04 samples" if name == "data.npz" else np.ones(4, np.float32).tobytes())
+    content = precious.read_bytes()
+    check(
+        invoke("optimize", model, option, precious, FAST),
+        "exists and is no ONNX model; give another name, or remove it",
+    )
+    assert precious.read_bytes() == content
+
+
+def test_a_model_without_the_usual_suffix_may_be_overwritten(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = invoke("optimize", model, "-o", tmp_path / "model.bin", FAST, "--no-verify")
+        assert done.exit_code == 0, done.stderr
+
+
+def test_too_long_names_are_one_sentence(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    name = "a" * 300 + ".onnx"
+    check(invoke("optimize", model, "-o", tmp_path / name, FAST), "cannot be written: File name too long.")
+    check(invoke("optimize", tmp_path / name, "-o", tmp_path / "o.onnx", FAST), "cannot be read: File name too long.")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("extract", "--block", "0"),
+        ("merge-trunk", "MODEL"),
+        ("graft", "MODEL", "--replace", "block:0", "--with", "block:0"),
+        ("transfer", "MODEL"),
+    ],
+)
+def test_commands_without_in_place_do_not_advise_it(invoke: Invoke, model: Path, command: tuple[str, ...]) -> None:
+    name, *rest = command
+    arguments = [model if a == "MODEL" else a for a in rest]
+    check(invoke(name, model, *arguments, "-o", model), "is the input itself; give another name.")
+
+
+def test_where_the_state_goes_is_checked_before_the_search(
+    invoke: Invoke, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importlib.import_module("onnxopt.optimize")
+    monkeypatch.setattr(sys.modules["onnxopt.optimize"], "optimize", lambda *_, **__: pytest.fail("the search began"))
+    state = tmp_path / "nowhere" / "state.json"
+    check(invoke("optimize", model, "--max-error", "1%", "--state", state), "there is no folder")
+
+
+def test_a_missing_custom_op_library_is_refused(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    done = invoke("optimize", model, "--custom-ops", tmp_path / "no.so", FAST)
+    assert done.exit_code == 2
+    assert "no.so' does not exist." in done.stderr
+
+
+def test_an_input_without_data_is_named_with_what_to_add(
+    invoke: Invoke, model: Path, model_proto: onnx.ModelProto, tmp_path: Path
+) -> None:
+    model_proto.graph.input.append(onnx.helper.make_tensor_value_info("rate", onnx.TensorProto.INT64, []))
+    onnx.save(model_proto, model)
+    data = tmp_path / "d.npz"
+    np.savez(data, x=np.zeros((3, 64), np.float32))
+    complaint = 'no array for the input "rate" (int64 []); add one under the key "rate"'
+    check(invoke("verify", model, model, "--data", data), complaint)
+    np.savez(data, x=np.zeros((3, 64), np.float32), rate=np.int64(16000))
+    assert invoke("verify", model, model, "--data", data).exit_code == 0

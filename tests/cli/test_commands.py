@@ -39,7 +39,7 @@ def test_inspect(invoke: Invoke, model: Path) -> None:
         "model.onnx size 2 nodes, 4,096 parameters,",
         "opsets ai.onnx 17",
         "Inputs x float32[batch, 64]",
-        "Dynamic axes batch x[0], y[0]",
+        "Dynamic axes batch x:0, y:0",
         "Operators Identity 1, MatMul 1",
         "float32 16.4 kB in 1 constant, 4,096 elements",
         "multiply-accumulates 12.3 thousand (MatMul 100%)",
@@ -173,3 +173,23 @@ def test_bench_on_given_data(invoke: Invoke, model: Path, tmp_path: Path) -> Non
     done = invoke("bench", model, "--data", tmp_path / "wrong.npz")
     assert done.exit_code == 2
     assert "nonesuch" in done.stderr or '"x"' in done.stderr
+
+
+def test_inspect_refuses_sizes_of_unknown_axes(invoke: Invoke, model: Path) -> None:
+    done = invoke("inspect", model, "--shape", "bach=3", "--no-passes")
+    assert done.exit_code == 2
+    assert 'no dynamic axis "bach". Did you mean "batch"? It has batch.' in done.stderr
+
+
+def test_sizes_of_nameless_axes_can_be_given_as_inspect_shows_them(
+    invoke: Invoke, tmp_path: Path, model_proto: onnx.ModelProto
+) -> None:
+    model_proto.graph.input[0].type.tensor_type.shape.dim[0].Clear()
+    onnx.save(model_proto, tmp_path / "m.onnx")
+    assert "with x:0=1" in flat(invoke("inspect", tmp_path / "m.onnx", "--no-passes").stdout)
+    assert "with x:0=7" in flat(invoke("inspect", tmp_path / "m.onnx", "--no-passes", "--shape", "x:0=7").stdout)
+
+
+@pytest.mark.parametrize(("command", "shown"), [("bench", "A [B]"), ("transfer", "SRC [DST]"), ("verify", "A B")])
+def test_usage_shows_which_models_may_be_left_out(invoke: Invoke, command: str, shown: str) -> None:
+    assert f"{command} [OPTIONS] {shown}\n" in invoke(command, "--help").stdout

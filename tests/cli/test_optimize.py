@@ -380,3 +380,11 @@ def test_what_contradicts_a_search(invoke: Invoke, model: Path, arguments: list[
     done = invoke("optimize", model, *arguments)
     assert done.exit_code == 2
     assert complaint in done.stderr.replace("\n", " ")
+
+
+def test_a_target_whose_provider_is_missing_is_told(invoke: Invoke, model: Path) -> None:
+    """Times on a CPU would be taken for those of the GPU that was asked for."""
+    done = invoke("optimize", model, "--target", "cuda", FAST)
+    assert "no provider cuda: what is compared and timed here ran on the cpu" in " ".join(done.stdout.split())
+    assert "no provider cuda" not in invoke("optimize", model, "--target", "cpu", FAST).stdout
+    assert "no provider cuda" not in invoke("optimize", model, "--target", "cuda", "--provider", "cpu", FAST).stdout

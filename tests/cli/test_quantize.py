@@ -111,3 +111,12 @@ def test_the_options_are_those_of_the_scheme() -> None:
         inner = [t for t in typing.get_args(wanted) if typing.get_origin(t) is typing.Literal]
         if name != "mode" and inner:
             assert choices[name] == typing.get_args(inner[0])
+
+
+def test_what_keeps_a_mode_from_running_is_told_before_passes_run(
+    model: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxopt.manager.run", lambda *_, **__: pytest.fail("passes were run"))
+    done = invoke("quantize", model, "--mode", "static")
+    assert done.exit_code == 1
+    assert "Nothing was quantized: quantize-static: it needs real inputs" in done.stderr

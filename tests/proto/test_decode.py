@@ -246,3 +246,34 @@ def test_a_long_chain_in_random_order() -> None:
     first.replace_input_with(0, last.outputs[0])
     with pytest.raises(ModelError, match="the chain has a cycle through the node"):
         sort(model.graph, "the chain")
+
+
+def doubling(levels: int) -> onnx.ModelProto:
+    """Return a model with functions of which each calls the one before twice."""
+    proto = parser.parse_model(
+        """<ir_version: 8, opset_import: ["": 17, "d": 1]> g (float[1] x) => (float[1] y) { y = d.F0(x) }
+        <domain: "d", opset_import: ["": 17]> F0 (a) => (b) { b = Relu(a) }"""
+    )
+    for level in range(1, levels + 1):
+        inner = f"F{level - 1}"
+        nodes = [helper.make_node(inner, ["a"], ["t"], domain="d"), helper.make_node(inner, ["t"], ["b"], domain="d")]
+        imports = [helper.make_opsetid("", 17), helper.make_opsetid("d", 1)]
+        proto.functions.append(helper.make_function("d", f"F{level}", ["a"], ["b"], nodes, imports))
+    proto.graph.node[0].op_type = f"F{levels}"
+    return proto
+
+
+def test_functions_that_stand_for_more_nodes_than_memory_holds_are_refused() -> None:
+    """Forty functions of two nodes are a trillion nodes, which ONNX Runtime inlines before it looks at them."""
+    assert len(load(doubling(20)).functions) == 21
+    with pytest.raises(ModelError, match="stand for more than 10,000,000 nodes; export it with fewer levels"):
+        load(doubling(40))
+
+
+@pytest.mark.parametrize("other", ["F0", "F1"])
+def test_functions_that_call_themselves_are_refused(other: str) -> None:
+    proto = doubling(1)
+    proto.functions[0].opset_import.append(helper.make_opsetid("d", 1))
+    proto.functions[0].node[0].op_type, proto.functions[0].node[0].domain = other, "d"
+    with pytest.raises(ModelError, match=r'the function "d::F[01]" calls itself, which ONNX does not allow'):
+        load(proto)

@@ -14,7 +14,8 @@ PROVIDERS = ["cpu", "cuda", "tensorrt", "openvino", "dml", "coreml", "qnn", "web
 
 def model_argument(name: str = "model", *, required: bool = True) -> Callable[[F], F]:
     """Add a model path."""
-    return click.argument(name, metavar=name.upper(), type=click.Path(), required=required)
+    shown = name.upper() if required else f"[{name.upper()}]"
+    return click.argument(name, metavar=shown, type=click.Path(), required=required)
 
 
 def target_option() -> Callable[[F], F]:
@@ -63,7 +64,7 @@ def custom_ops_option() -> Callable[[F], F]:
         "--custom-ops",
         metavar="LIB",
         multiple=True,
-        type=click.Path(),
+        type=click.Path(exists=True, dir_okay=False),
         help="Library with custom operators to load into ONNX Runtime; may be repeated.",
     )
 
@@ -75,7 +76,8 @@ def provider_options(function: F) -> F:
         click.option(
             "--provider",
             type=Choice("NAME", names(*PROVIDERS)),
-            help="Execution provider to run on: cpu, cuda, ... By default the target's own.",
+            help="Execution provider to run on: cpu, cuda, ... By default the target's own, or cpu where that is not "
+            "installed.",
         ),
         click.option(
             "--allow-fallback",
