@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from onnxopt.coupling.rewrites import Rewrite
 
 
+LONGEST_AXIS = 1 << 20
+"""Longer axes are not followed."""
+
+MOST_INDEXES = 1 << 23
+"""Axes are not followed beyond this many indexes in all; some hundred bytes are held in memory for each."""
+
+
 class Opaque(Exception):  # noqa: N818 - not an error: the rule cannot tell
     """Raised by a rule that cannot follow its node; all axes of the node are frozen then, for this reason."""
 
@@ -139,7 +146,7 @@ class Builder:
         return numbers
 
     def ids(self, value: ir.Value, axis: int) -> Ints | None:
-        """Return the identities of the indexes of an axis, or None when its size is no number."""
+        """Return the identities of the indexes of an axis, or None when its size is no number, or too large."""
         found = self._of(value)[axis]
         return None if found is None else np.arange(found.first, found.first + found.size, dtype=np.int64)
 
@@ -147,11 +154,11 @@ class Builder:
         """Return the identities of the indexes of an axis.
 
         Raises:
-            Opaque: If its size is no number.
+            Opaque: If its size is no number, or too large.
         """
         found = self.ids(value, axis)
         if found is None:
-            raise Opaque(f"the size of axis {axis} of {value.name} is not known")
+            raise Opaque(f"the size of axis {axis} of {value.name} is not known, or too large to follow")
         return found
 
     def _of(self, value: ir.Value) -> tuple[Axis | None, ...]:
@@ -162,7 +169,7 @@ class Builder:
         return found
 
     def _new(self, value: ir.Value, axis: int, dim: Dim) -> Axis | None:
-        if not isinstance(dim, int):
+        if not isinstance(dim, int) or dim > LONGEST_AXIS or self.size + dim > MOST_INDEXES:
             return None
         found = Axis(value, axis, self.size, dim)
         self.size += dim

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, get_args
 
-from onnxopt.errors import NothingDoneError
+from onnxopt.errors import NothingDoneError, UsageError
 
 Reason = Literal[
     "open cut",
@@ -56,3 +58,22 @@ class RefusedError(NothingDoneError):
         """Say why, in one sentence that names what is concerned and what can be done."""
         super().__init__(message)
         self.reason = reason
+
+
+@contextlib.contextmanager
+def about(model: str) -> Iterator[None]:
+    """Let what is said about a cut begin with the model it is in: "host" or "donor".
+
+    Args:
+        model: Which of them.
+
+    Raises:
+        RefusedError: If what is done refuses.
+        UsageError: If what was given means nothing in the model.
+    """
+    try:
+        yield
+    except RefusedError as refused:
+        raise RefusedError(refused.reason, f"In the {model}: {refused}") from refused
+    except UsageError as error:
+        raise UsageError(f"In the {model}: {error}", *error.options) from error

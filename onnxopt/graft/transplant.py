@@ -21,7 +21,7 @@ from onnxopt.graft.interface import FITTED
 from onnxopt.graft.nested import Place, locate, opened, put_back, with_advice
 from onnxopt.graft.probe import Probe, Values, find_feeds, matches, outputs_of
 from onnxopt.graft.proof import Outcome, certify, certify_body
-from onnxopt.graft.reasons import RefusedError
+from onnxopt.graft.reasons import RefusedError, about
 from onnxopt.graft.request import Consent, Request
 from onnxopt.graft.slicing import Types, standalone
 from onnxopt.graft.splice import Copy, Fit, Splice, insertion
@@ -214,11 +214,13 @@ class Grafting:
     def run(self) -> Grafted:
         """Do it."""
         request = self._request
-        donor_part = resolve(request.donor, request.take)
+        with about("donor"):
+            donor_part = resolve(request.donor, request.take)
         self._progress.stage("grafting")
         result, converted = raised(request, self._before)
         self._opsets.extend(converted)
-        host_part = self._host_part(result)
+        with about("host"):
+            host_part = self._host_part(result)
         host_types, donor_types = Types(result), Types(request.donor)
         wiring = wire(
             Plan(

@@ -1,7 +1,11 @@
+import tracemalloc
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from onnxopt.coupling import builder
+from onnxopt.coupling.analysis import analyse
 from onnxopt.coupling.partition import Partition, components
 
 PAIRS = st.lists(st.tuples(st.integers(0, 29), st.integers(0, 29)), max_size=40)
@@ -49,3 +53,18 @@ def test_the_first_reason_stays():
     partition = Partition(np.array([0, 0, 2, 3]), np.array([-1, 4, 7, -1]))
     partition.merge(np.array([0]), np.array([2]), np.array([3]), 9)
     assert partition.reasons_of(np.arange(4)).tolist() == [4, 4, 4, 9]
+
+
+def test_axes_too_large_to_hold_are_not_followed(build, monkeypatch):
+    """Twenty-eight Concats of a value with itself make an axis of 2 ** 28 indexes out of one."""
+    doublings = "\n".join(f"v{i + 1} = Concat <axis = 1> (v{i}, v{i})" for i in range(28))
+    model = build(
+        "(float[2, 4] x) => (float[2, s] y) { v0 = MatMul (x, w) " + doublings + " y = Relu (v28) }", w=(4, 1)
+    )
+    monkeypatch.setattr(builder, "MOST_INDEXES", 1 << 12)
+    tracemalloc.start()
+    coupling = analyse(model)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not coupling.groups
+    assert peak < 10 << 20
