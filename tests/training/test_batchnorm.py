@@ -96,6 +96,20 @@ def test_what_is_put_behind_layers_changes_nothing_at_first() -> None:
     assert torch.allclose(plain, normalized, atol=1e-4)
 
 
+def test_a_channel_that_is_always_the_same_trains_on() -> None:
+    model = net()
+    weight = model.graph.initializers["w1"]
+    dead = weight.const_value.numpy().copy()  # type: ignore[union-attr]
+    dead[2] = 0
+    weight.const_value = ir.tensor(dead, name="w1")
+    found, trained = prepared(model)
+    values = {name: value.detach() for name, value in values_of(trained).items()}
+    for name, value in found.values(values).items():
+        assert torch.allclose(value, values[name], atol=1e-6), name
+    done = finetune(model, *samples(), epochs=2, batchnorm="restored", validation=0)
+    assert all(np.isfinite(array).all() for array in stored(done.model).values())
+
+
 EXPANDED = """{ c = Conv <pads = [1, 1, 1, 1]> (x, w1, b1)  c2 = BatchNormalization (c, c_scale, c_shift, c_mean, c_variance)
   r = Relu (c2)  t = ConvTranspose (r, w2, b2)  t2 = BatchNormalization (t, t_scale, t_shift, t_mean, t_variance)
   f = Flatten (t2)  h = Gemm <transB = 1, alpha = 0.5, beta = 2.0> (f, w3, b3)
