@@ -63,9 +63,12 @@ def _compared(ground: Ground, outcome: manager.Outcome, own: Record) -> str:
         if COARSER & set(proposal.names):
             record = lab.examine(proposal, {})
             rivals[record.name] = proposal, record
-    rival = strongest(own, [record for _, record in rivals.values()])
-    if rival is None or own.failure:
-        return ""
+    if own.failure:
+        return f"It could not be compared with quantization alone: {own.failure}."
+    records = [record for _, record in rivals.values()]
+    rival = strongest(own, records)
+    if rival is None:
+        return unrivalled(records)
     return verdict(own, rival, lab.against(outcome.model, rivals[rival.name][0]))
 
 
@@ -91,6 +94,18 @@ def strongest(own: Record, rivals: Sequence[Record]) -> Record | None:
     """
     ran = [r for r in rivals if not r.failure and r.speed is not None and not r.slower]
     return min(ran, key=lambda r: (_rank(r, own), r.speed.ratio if r.speed else 1.0), default=None)
+
+
+def unrivalled(rivals: Sequence[Record]) -> str:
+    """Say why there is nothing to compare with.
+
+    Args:
+        rivals: What is known about the model quantized in several ways, none of which is a rival.
+    """
+    tried = "; ".join(f"{r.name}: {r.failure or 'slower than the original'}" for r in rivals if r.applies)
+    if not tried:
+        return "There is no way to quantize the model alone that this could be compared with."
+    return f"Quantization alone is no alternative here ({tried})."
 
 
 def verdict(own: Record, rival: Record, against: Speed) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from onnxopt.cli import cli
 from onnxopt.metrics import MetricResult
 from onnxopt.search import hunt, lab
 from onnxopt.search.decision import Record, Speed
-from onnxopt.search.rivals import strongest, verdict
+from onnxopt.search.rivals import strongest, unrivalled, verdict
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -67,8 +68,14 @@ def test_the_rival_is_the_one_that_speaks_most_against_pruning() -> None:
     assert strongest(OWN, [like]) is like
 
 
-def test_what_fails_or_is_slower_is_no_rival() -> None:
-    assert strongest(OWN, [record("slower", 1.1, 0.0), record("failed", 0.1, 0.0, failure="it crashed")]) is None
+def test_what_fails_or_is_slower_is_no_rival_and_is_told() -> None:
+    none = [record("slower", 1.1, 0.0), record("failed", 0.1, 0.0, failure="it crashed")]
+    assert strongest(OWN, none) is None
+    told = "Quantization alone is no alternative here (slower: slower than the original; failed: it crashed)."
+    assert unrivalled(none) == told
+    nothing = dataclasses.replace(record("nothing", 1.0, 0.0, failure="it has no layers"), applies=False)
+    assert unrivalled([*none, nothing]) == told
+    assert unrivalled([nothing]).startswith("There is no way to quantize")
 
 
 @pytest.fixture
