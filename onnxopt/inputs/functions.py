@@ -71,7 +71,7 @@ def _users_errors(text: str) -> Iterator[None]:
     """Name the user's function when it raises; the cause keeps the traceback."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # it is the user's own code, which may raise anything
         raise DataError(f"{text} raised {type(error).__name__}: {error}") from error
 
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report.markup import Html, tag
+from onnxopt.report.markup import Html, drawing, tag
 
 if TYPE_CHECKING:
     from onnxopt.probe.validation import Step
@@ -74,15 +74,7 @@ def picture(lines: Sequence[Line], *, guessing: float) -> Html:
     description = "Accuracy against labelled samples per class: " + "; ".join(
         f"{line.label} " + ", ".join(f"{s.mean:.1%} at {s.per_class}" for s in line.steps) for line in lines
     )
-    return tag(
-        "svg",
-        tag("title", description),
-        *parts,
-        class_="pareto",
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=description,
-    )
+    return drawing(description, parts, _WIDTH, _HEIGHT)
 
 
 def standalone(drawn: Html) -> str:

@@ -41,3 +41,23 @@ def tag(name: str, /, *children: str, **attributes: str | float) -> Html:
     if name in _VOID:
         return Html(f"<{name}{written}/>")
     return Html(f"<{name}{written}>{joined(children)}</{name}>")
+
+
+def drawing(description: str, parts: Iterable[Html], width: int, height: int) -> Html:
+    """Return a picture whose description is there for those who do not see it.
+
+    Args:
+        description: What it shows.
+        parts: What is drawn, the lowest first.
+        width: Of the coordinates that the parts lie in.
+        height: Likewise.
+    """
+    return tag(
+        "svg",
+        tag("title", description),
+        *parts,
+        class_="pareto",
+        viewBox=f"0 0 {width} {height}",
+        role="img",
+        aria_label=description,
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.report import summary, words
-from onnxopt.report.markup import Html, tag
+from onnxopt.report.markup import Html, drawing, tag
 
 if TYPE_CHECKING:
     from onnxopt.report.data import Candidate, SearchReport
@@ -68,15 +68,7 @@ def picture(search: SearchReport) -> Html | None:
         parts.append(_disc(scale, dot, biggest))
     parts += _labels(scale, dots)
     description = f"Latency and {summary.quality_title(search)} of {words.count(len(dots), 'candidate')}"
-    return tag(
-        "svg",
-        tag("title", description),
-        *parts,
-        class_="pareto",
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=description,
-    )
+    return drawing(description, parts, _WIDTH, _HEIGHT)
 
 
 def _dots(candidates: Sequence[Candidate]) -> list[_Dot]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from onnxopt.removed import Damage
 from onnxopt.report import removals, words
-from onnxopt.report.markup import Html, tag
+from onnxopt.report.markup import Html, drawing, tag
 
 _WIDTH, _HEIGHT = 640, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 18, 46
@@ -45,16 +45,8 @@ def picture(table: removals.Table) -> Html | None:
     right = 1.08 * max(dot.saved for dot in dots)
     places = [(dot, _x(dot.saved, right), _y(dot.cost, top)) for dot in dots]
     description = f"Parameters saved and {axis} of {words.count(len(dots), 'group')}"
-    return tag(
-        "svg",
-        tag("title", description),
-        *_frame(right, top, axis),
-        *(_disc(*place) for place in places),
-        *_names(places),
-        class_="pareto",
-        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
-        role="img",
-        aria_label=description,
+    return drawing(
+        description, [*_frame(right, top, axis), *(_disc(*place) for place in places), *_names(places)], _WIDTH, _HEIGHT
     )
 
 
