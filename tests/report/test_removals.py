@@ -36,7 +36,7 @@ def test_what_is_left_goes_from_the_first_edit_to_the_last(group: Removed) -> No
         (PruneChannels(params=0.3), "parameters", 0.3, 0.25),
     ):
         (found,) = reached([graph_pass], [report_of(graph_pass, group, second)], None)
-        assert found == Reached(spec(graph_pass), of, asked, left)  # type: ignore[arg-type]
+        assert found == Reached(spec(graph_pass), of, asked, left)
 
 
 def test_time_is_that_of_the_result(group: Removed, removals: Report) -> None:

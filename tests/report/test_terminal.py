@@ -298,7 +298,7 @@ def test_the_table_of_what_was_removed_fits_with_its_names(removals: Report, wid
 
 
 def test_what_was_expected_of_all_groups_stands_beside_how_far_the_result_is_off(removals: Report, make: Make) -> None:
-    output = dataclasses.replace(removals.verification.outputs[0], lost=0.048)  # type: ignore[union-attr]
+    output = dataclasses.replace(removals.verification.outputs[0], lost=0.048)
     done = removals.passes[-1]
     first = done.applied[0]
     text = to_text(make(passes=(done,), verification={"outputs": (output,)}))

@@ -13,7 +13,7 @@ from onnxopt.search.hunt import CONFIRMING_SECONDS, conclusive
 def measurement(ratio: float, low: float, high: float) -> Measurement:
     verdict = "faster" if high < 1 else "slower" if low > 1 else "no difference shown"
     rest = (10, 1.0, ratio, 1.0, 1.0, None, None, 1, "cpu", {}, (), 4)
-    return Measurement(ratio, low, high, verdict, *rest)  # type: ignore[arg-type]
+    return Measurement(ratio, low, high, verdict, *rest)
 
 
 NOTHING_SAID = measurement(0.37, 0.016, 4.5)

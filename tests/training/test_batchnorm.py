@@ -74,7 +74,7 @@ def samples(count: int = 60) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def prepared(model: ir.Model, **options: Any) -> tuple[Normalizing, dict[str, Trainable]]:
     trained = {name: trainable(p) for name, p in find_parameters(model).items()}
     examples = load_examples(model, *samples())
-    return normalizing(model, trained, examples, settings_of({"batchnorm": "restored", **options}, {})), trained  # type: ignore[typeddict-item]
+    return normalizing(model, trained, examples, settings_of({"batchnorm": "restored", **options}, {})), trained
 
 
 def stored(model: ir.Model) -> dict[str, np.ndarray]:
@@ -99,7 +99,7 @@ def test_what_is_put_behind_layers_changes_nothing_at_first() -> None:
 def test_a_channel_that_is_always_the_same_trains_on() -> None:
     model = net()
     weight = model.graph.initializers["w1"]
-    dead = weight.const_value.numpy().copy()  # type: ignore[union-attr]
+    dead = weight.const_value.numpy().copy()
     dead[2] = 0
     weight.const_value = ir.tensor(dead, name="w1")
     found, trained = prepared(model)
@@ -182,7 +182,7 @@ def test_gradients_are_those_of_finite_differences(layer: str, batchnorm: str) -
     feed = {"x": np.random.default_rng(0).standard_normal((5, 3))}
     examples = load_examples(model, feed, None)
     behind = ["w"] if batchnorm == "restored" else []
-    options = settings_of({"batchnorm": batchnorm, "batchnorm_behind": behind}, {})  # type: ignore[typeddict-item]
+    options = settings_of({"batchnorm": batchnorm, "batchnorm_behind": behind}, {})
     found = normalizing(model, trained, examples, options)
     leaves = {name: each.leaf for name, each in trained.items() if name not in found.idle}
     leaves |= {name: each.leaf for name, each in found.leaves.items()}

@@ -134,7 +134,7 @@ def test_without_cuda_what_is_missing_is_told(
     with pytest.raises(UsageError, match=message):
         finetune(network, *blobs, device="cuda")
     with pytest.raises(UsageError, match='device must be cpu or cuda, not "tpu"'):
-        finetune(network, *blobs, device="tpu")  # type: ignore[arg-type]
+        finetune(network, *blobs, device="tpu")
 
 
 def test_settings_of_torch_are_as_before_afterwards() -> None:

@@ -307,7 +307,7 @@ def test_refusals(
 
 def test_an_option_that_does_not_exist_is_named(network: onnx.ModelProto, blobs: Blobs) -> None:
     with pytest.raises(TypeError, match='There is no option "epoch". Did you mean "epochs"'):
-        finetune(network, *blobs, epoch=3)  # type: ignore[call-arg]
+        finetune(network, *blobs, epoch=3)
 
 
 def test_a_model_without_parameters_is_refused() -> None:

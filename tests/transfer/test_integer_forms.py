@@ -84,7 +84,7 @@ FORMS: dict[str, Callable[[onnx.ModelProto, str], None]] = {
 
 
 def _deviation(first: onnx.ModelProto, second: object) -> float:
-    expected, found = outputs(first)[0], outputs(second)[0]  # type: ignore[arg-type]
+    expected, found = outputs(first)[0], outputs(second)[0]
     return float(np.abs(expected - found).max() / np.ptp(expected))
 
 
