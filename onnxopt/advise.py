@@ -39,7 +39,7 @@ from onnxopt.probe.classifier import Array
 from onnxopt.probe.folds import stratified
 from onnxopt.probe.validation import learning_curve
 from onnxopt.report.advice import Advice, Curve
-from onnxopt.runtime import RunOptions
+from onnxopt.runtime import RunOptions, run_options
 
 WITHOUT_TORCH = (
     "torch is not installed, so training from scratch and fine-tuning were not tried: the new head is compared with a "
@@ -93,7 +93,7 @@ def advise(
     if folds < 2:
         raise UsageError(f"folds must be at least 2, not {folds}.", "folds")
     progress, started = progress or Silent(), time.perf_counter()
-    options = RunOptions(provider or "cpu", threads, tuple(custom_ops), allow_fallback)
+    options = run_options(provider, threads, custom_ops, allow_fallback)
     network = inlined(load(model))
     labelled = load_labelled(data, labels, network)
     kinds = classes_of(labelled, classes)

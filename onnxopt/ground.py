@@ -102,11 +102,15 @@ class Bench:
         options: RunOptions,
         samples: Data | None,
         settings: Settings,
+        *,
+        timeable: bool = True,
     ) -> None:
         self.reference = reference
         self.options = options
         self.not_verified = "" if settings.verify else "verification was turned off"
         self.not_measured = "" if settings.measure else "measuring was turned off"
+        if not timeable and settings.measure:
+            self.not_measured = f"the target {settings.target} is not here, and times on the cpu tell nothing of it"
         self.described = "no inputs were needed"
         self.data_notes: tuple[str, ...] = ()
         self._samples = samples
@@ -224,6 +228,7 @@ class Ground:
         settings: What the user said.
         clock: Takes the time of each stage.
         options: How models are run.
+        off_target: Why that is not on the target; empty when it is, or the user chose it.
         source: The model as loaded.
         reference: The same with the axes fixed that the user wants fixed: what results are compared with.
         start: The same in the opset the user wants: what passes run on.
@@ -238,6 +243,7 @@ class Ground:
     settings: Settings
     clock: Clock
     options: RunOptions
+    off_target: str
     source: ir.Model
     reference: ir.Model
     start: ir.Model
@@ -267,7 +273,7 @@ def prepare(model: Source, settings: Settings, learns: Callable[[ir.Model], bool
         learns: Whether anything that is to be done to the model learns from data.
     """
     clock, progress = Clock(), settings.progress
-    options = _run_options(settings)
+    options, off_target = _run_options(settings)
     with clock("load"):
         progress.stage("loading")
         source = models.load(model)
@@ -279,7 +285,7 @@ def prepare(model: Source, settings: Settings, learns: Callable[[ir.Model], bool
         if parts is not None:
             samples, budget = parts.evaluation, budget.on(parts)
         start = reference if settings.opset is None else models.convert_opset(reference, settings.opset)
-    bench = Bench(reference, options, samples, settings)
+    bench = Bench(reference, options, samples, settings, timeable=not off_target)
     with clock("original"):
         progress.stage("running the original")
         bench.prepare()
@@ -294,36 +300,34 @@ def prepare(model: Source, settings: Settings, learns: Callable[[ir.Model], bool
         evaluate=runtime.evaluate_node,
         shapes=Shapes(start),
         calibration=None if not learnt else calibration(learnt, options, real=parts is not None, progress=progress),
-        timed=bench.timed if bench.runs else None,
+        timed=bench.timed if bench.runs and not off_target else None,
     )
     name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
-    return Ground(name, settings, clock, options, source, reference, start, parts, samples, budget, bench, ctx)
+    return Ground(
+        name, settings, clock, options, off_target, source, reference, start, parts, samples, budget, bench, ctx
+    )
 
 
-def _run_options(settings: Settings) -> RunOptions:
+def _run_options(settings: Settings) -> tuple[RunOptions, str]:
+    """Return how models are run, and why that is not on the target; empty when it is, or the user chose it.
+
+    Raises:
+        UsageError: If an option cannot be used, or the provider that the user named is not there.
+    """
     target, provider, threads = settings.target, settings.provider, settings.threads
     if target not in TARGETS:
         raise UsageError(f'There is no target "{target}".{nearest(target, list(TARGETS))} Known: {", ".join(TARGETS)}.')
     if threads < 1:
         raise UsageError(f"threads must be at least 1, not {threads}.", "threads")
-    if provider is None:
-        wanted = "cuda" if target == "cuda" else "cpu"
-        provider = wanted if wanted == "cpu" or _has_cuda() else "cpu"
-    return RunOptions(provider, threads, tuple(settings.custom_ops), settings.allow_fallback)
-
-
-def elsewhere(settings: Settings) -> str:
-    """Say that the target's provider is missing here and another one was taken; empty when it was not."""
-    if settings.target != "cuda" or settings.provider is not None or _has_cuda():
-        return ""
-    return (
-        "The target is cuda, and the installed ONNX Runtime has no provider cuda: what is compared and timed here ran "
-        "on the cpu, whose latency tells nothing of a GPU's"
-    )
-
-
-def _has_cuda() -> bool:
-    return "CUDAExecutionProvider" in runtime.available_providers()
+    on_cpu = runtime.run_options(provider, threads, settings.custom_ops, settings.allow_fallback)
+    if provider is not None or target != "cuda":
+        return on_cpu, ""
+    on_target = dataclasses.replace(on_cpu, provider="cuda")
+    try:
+        runtime.require_provider(on_target)
+    except UsageError as error:
+        return on_cpu, str(error)
+    return on_target, ""
 
 
 def _samples(data: str | os.PathLike[str] | Data | None, model: ir.Model) -> Data | None:

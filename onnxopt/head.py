@@ -36,7 +36,7 @@ from onnxopt.probe.validation import (
     order,
 )
 from onnxopt.report.head import Confusion, HeadReport, MethodScore
-from onnxopt.runtime import RunOptions, open_session
+from onnxopt.runtime import RunOptions, open_session, run_options
 
 Method = Literal["auto", "ridge", "logistic"]
 
@@ -132,7 +132,7 @@ def head(
     if shift < 0:
         raise UsageError(f"shift cannot be {shift}.", "shift")
     progress, started = progress or Silent(), time.perf_counter()
-    options = RunOptions(provider or "cpu", threads, tuple(custom_ops), allow_fallback)
+    options = run_options(provider, threads, custom_ops, allow_fallback)
     source = inlined(load(model))
     labelled = load_labelled(data, labels, source)
     kinds = classes_of(labelled, classes)

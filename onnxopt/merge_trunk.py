@@ -17,7 +17,7 @@ from onnxopt.feeds import Data, Feed
 from onnxopt.ground import FEEDS_TO_VERIFY, Source
 from onnxopt.model import load
 from onnxopt.optimize import Result, optimize
-from onnxopt.runtime import RunOptions, open_session
+from onnxopt.runtime import RunOptions, open_session, run_options
 from onnxopt.unite import Part, unite
 
 PASSES = "deduplicate-initializers,merge-common-subexpressions,remove-dead-code"
@@ -108,6 +108,7 @@ def merge_trunk(
     if len(models) < 2:
         raise UsageError("Give two or more models to merge.")
     progress = progress or Silent()
+    options = run_options(provider, threads, custom_ops, allow_fallback)
     loaded = [load(m) for m in models]
     names = _names(models)
     whole, parts = unite(loaded, names)
@@ -128,7 +129,6 @@ def merge_trunk(
         progress=progress,
     )
     trunk = _trunk(result.model, parts)
-    options = RunOptions(provider or "cpu", threads, tuple(custom_ops), allow_fallback)
     progress.stage("comparing each output with its own model")
     _require_equal(loaded, parts, result.model, _feeds(whole, data, shape, seed, options), options)
     title = " + ".join(names)

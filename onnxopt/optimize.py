@@ -14,7 +14,7 @@ from onnxopt.analysis.inspect import summary_stats
 from onnxopt.contract import Context, GraphPass, Progress, Silent, Target
 from onnxopt.errors import UsageError
 from onnxopt.feeds import Data
-from onnxopt.ground import Bench, Ground, Settings, Source, elsewhere, prepare
+from onnxopt.ground import Bench, Ground, Settings, Source, prepare
 from onnxopt.inputs.likeness import unlike
 from onnxopt.judge import Budget
 from onnxopt.measure import Measurement
@@ -254,6 +254,11 @@ def _search(model: Source, settings: Settings) -> Result:
             f'A budget alone asks for a search, whose candidates have to be {what}; name a recipe such as "small", or '
             "passes, to do without."
         )
+    if ground.off_target:
+        raise UsageError(
+            f"A search times its candidates on the target. {ground.off_target} With the provider cpu, what is fastest "
+            "there is searched for."
+        )
     lossless = Pipeline.recipe("lossless")
     if ground.bench.not_verified or ground.bench.not_measured:
         reason = ground.bench.not_verified or ground.bench.not_measured
@@ -303,7 +308,7 @@ def _result(
 ) -> Result:
     """Put the report together."""
     bench, settings, parts = ground.bench, ground.settings, ground.parts
-    said = (*filter(None, (elsewhere(settings),)), *_notes(outcome, pipeline.passes, bench), *notes)
+    said = (*_off_target(ground), *_notes(outcome, pipeline.passes, bench), *notes)
     if parts is not None:
         said = (*said, *filter(None, (parts.note,)), *unlike(parts.calibration, parts.evaluation))
     if metric is not None and search is None and ground.budget.metric_reason:
@@ -336,6 +341,14 @@ def _result(
             reached=tuple(reached(pipeline.passes, outcome.passes, measurement)),
         ),
     )
+
+
+def _off_target(ground: Ground) -> tuple[str, ...]:
+    """Say why the result was run elsewhere than on its target, where that is so."""
+    target = ground.settings.target
+    if not ground.off_target:
+        return ()
+    return (f"The result is for {target} and could only be compared on the cpu. {ground.off_target}",)
 
 
 def _pipeline(recipe: str | None, passes: str | Pipeline | None) -> Pipeline:

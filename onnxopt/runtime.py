@@ -22,22 +22,8 @@ import onnx_ir as ir
 from onnxopt.errors import RuntimeFailure, UsageError
 from onnxopt.graph import all_nodes
 from onnxopt.registry import nearest
-from onnxopt.session import diagnosis, handover, ortvalues
-
-CPU = "CPUExecutionProvider"
-
-_SUFFIX = "ExecutionProvider"
-_NICKNAMES = {"trt": "Tensorrt", "tensorrt-rtx": "NvTensorRTRTX", "directml": "Dml"}
-
-_DEVICES = {
-    "CUDAExecutionProvider": "cuda",
-    "TensorrtExecutionProvider": "cuda",
-    "NvTensorRTRTXExecutionProvider": "cuda",
-    "DmlExecutionProvider": "dml",
-    "CANNExecutionProvider": "cann",
-    "WebGpuExecutionProvider": "webgpu",
-}
-"""Where a provider keeps inputs and outputs when that is not the host's memory."""
+from onnxopt.session import diagnosis, handover, ortvalues, providers
+from onnxopt.session.providers import CPU
 
 # fmt: off
 _SHAPE_OPS = frozenset(
@@ -124,6 +110,16 @@ class Session:
     ) -> None:
         self.close()
 
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """The providers that ONNX Runtime has started for it."""
+        return tuple(self._opened().get_providers())
+
+    @property
+    def started(self) -> bool:
+        """Whether the provider that was asked for is among them."""
+        return self.provider in self.registered
+
     def close(self) -> None:
         """Free the session and the memory it holds. Closing twice does nothing."""
         self._session = None
@@ -170,7 +166,7 @@ class Session:
         if any(not kind.startswith("tensor(") or kind == "tensor(string)" for kind in kinds):
             return Binding(session, inputs, None, ())
         binding = session.io_binding()
-        device = _DEVICES.get(self.provider, "cpu") if self.provider in session.get_providers() else "cpu"
+        device = providers.DEVICES.get(self.provider, "cpu") if self.started else "cpu"
         with _failing("ONNX Runtime cannot take the inputs"):
             for name, value in inputs.items():
                 binding.bind_ortvalue_input(name, ortvalues.on_device(ort, value, device))
@@ -288,7 +284,7 @@ def open_session(
     """
     options = options or RunOptions()
     ort = _onnxruntime()
-    provider = _provider(options.provider)
+    provider = _provider(ort, options.provider)
     settings = _settings(ort, options, optimized=optimized)
     if not isinstance(model, ir.Model):
         path = Path(model)
@@ -302,6 +298,49 @@ def open_session(
     if values:
         settings.add_external_initializers(list(parts.injected), values)
     return _start(ort, parts.proto, settings, provider, options, values, model)
+
+
+def run_options(
+    provider: str | None, threads: int = 1, custom_ops: Sequence[str] = (), allow_fallback: bool = False
+) -> RunOptions:
+    """Return the options that a user gave, once it is known, before long work, that the provider is there.
+
+    Args:
+        provider: Its name; None for the CPU.
+        threads: Threads within an operator.
+        custom_ops: Shared libraries with custom operators.
+        allow_fallback: Accept that ONNX Runtime runs the model, or some of its nodes, on another provider.
+
+    Raises:
+        UsageError: If the provider is unknown, not installed, or does not start.
+        RuntimeFailure: If ONNX Runtime is missing.
+    """
+    options = RunOptions(provider or "cpu", threads, tuple(custom_ops), allow_fallback)
+    if provider is not None:
+        require_provider(options)
+    return options
+
+
+def require_provider(options: RunOptions) -> None:
+    """See that a provider is there, by a model of one node; which nodes of a model it takes is another question.
+
+    Raises:
+        UsageError: If it is unknown, not installed, or does not start and no other is accepted.
+        RuntimeFailure: If ONNX Runtime is missing.
+    """
+    ort = _onnxruntime()
+    provider = _provider(ort, options.provider)
+    if provider == CPU or options.allow_fallback:
+        return
+    proto, _ = handover.single_node(ir.node("Neg", [ir.val("x")], outputs=[ir.val("y")]), [np.zeros(1, np.float32)], 13)
+    anywhere = RunOptions(options.provider, allow_fallback=True)
+    settings = _settings(ort, anywhere, optimized=False)
+    try:
+        with _start(ort, proto.SerializeToString(), settings, provider, anywhere, (), None) as session:
+            if not session.started:
+                raise UsageError(f"{_not_started(session)}.")
+    except RuntimeFailure as error:
+        raise UsageError(f"The provider {providers.short(provider)} cannot be used here: {error}") from error
 
 
 def available_providers() -> list[str]:
@@ -397,36 +436,17 @@ def _kernel_failure(message: str, model: ir.Model | None, provider: str) -> str 
     types = sorted({v.dtype.name.lower() for v in node.inputs if v is not None and v.dtype}) if node else []
     given = f", inputs {' and '.join(types)}" if types else ""
     where = f' of the node "{name}"' if name else ""
-    on = f"on the provider {_short(provider)}"
+    on = f"on the provider {providers.short(provider)}"
     return f"there is no kernel {on} for {op}{domain} (version {version}{given}){where}."
 
 
-def _provider(name: str) -> str:
+def _provider(ort: Any, name: str) -> str:
     """Return ONNX Runtime's name of a provider.
 
     Raises:
-        UsageError: If nothing is called so.
-        RuntimeFailure: If this installation does not have it.
+        UsageError: If nothing is called so, or this installation does not have it.
     """
-    ort = _onnxruntime()
-    available = ort.get_available_providers()
-    known: dict[str, str] = {_short(p): p for p in (*ort.get_all_providers(), *_DEVICES, *available)}
-    word = _NICKNAMES.get(name.lower(), name).lower().removesuffix(_SUFFIX.lower())
-    if word not in known:
-        raise UsageError(
-            f'There is no execution provider "{name}".{nearest(word, list(known))} Available here: '
-            f"{', '.join(_short(p) for p in available)}."
-        )
-    if known[word] not in available:
-        raise RuntimeFailure(
-            f"The installed ONNX Runtime has no provider {word}, only {', '.join(_short(p) for p in available)}; "
-            f"install a build that has it{', such as onnxopt[gpu]' if word == 'cuda' else ''}, or choose another."
-        )
-    return known[word]
-
-
-def _short(provider: str) -> str:
-    return provider.removesuffix(_SUFFIX).lower()
+    return providers.find(name, ort.get_all_providers(), ort.get_available_providers())
 
 
 def _settings(ort: Any, options: RunOptions, *, optimized: bool) -> Any:
@@ -467,30 +487,34 @@ def _start(
     Raises:
         RuntimeFailure: If it cannot be created, or would run elsewhere.
     """
-    if _DEVICES.get(provider) == "cuda" and hasattr(ort, "preload_dlls"):
+    if providers.DEVICES.get(provider) == "cuda" and hasattr(ort, "preload_dlls"):
         # CUDA and cuDNN may come as wheels, which the dynamic linker does not search. It reports by printing.
         with contextlib.redirect_stdout(io.StringIO()):
             ort.preload_dlls()
-    providers = [provider] if provider == CPU else [provider, CPU]
+    order = [provider] if provider == CPU else [provider, CPU]
     what = f"ONNX Runtime cannot load {source if isinstance(source, str) else 'the model'}"
     start = time.perf_counter()
     with _failing(what, model, provider):
-        session = ort.InferenceSession(source, settings, providers=providers, enable_fallback=0)
+        session = ort.InferenceSession(source, settings, providers=order, enable_fallback=0)
     opened = Session(session, provider, time.perf_counter() - start, kept_alive)
     if not options.allow_fallback:
-        _refuse_fallback(opened, session.get_providers(), provider)
+        _refuse_fallback(opened)
     return opened
 
 
-def _refuse_fallback(session: Session, registered: Sequence[str], provider: str) -> None:
+def _not_started(session: Session) -> str:
+    """Say that the provider that was asked for did not start."""
+    return (
+        f"ONNX Runtime could not start the provider {providers.short(session.provider)} and fell back to "
+        f"{', '.join(map(providers.short, session.registered))}; its driver or libraries are missing or do not match"
+    )
+
+
+def _refuse_fallback(session: Session) -> None:
     """Raise when the session, or nodes that compute more than shapes, ended up on another provider."""
-    if provider not in registered:
-        raise RuntimeFailure(
-            f"ONNX Runtime could not start the provider {_short(provider)} and fell back to "
-            f"{', '.join(_short(p) for p in registered)}; its driver or libraries are missing or do not match "
-            "(--allow-fallback accepts this)."
-        )
-    if provider == CPU:
+    if not session.started:
+        raise RuntimeFailure(f"{_not_started(session)} (--allow-fallback accepts this).")
+    if session.provider == CPU:
         return
     placed = session.placement()
     strays = [n for n in placed.get(CPU, ()) if n.partition(" ")[0] not in _SHAPE_OPS]
@@ -498,8 +522,8 @@ def _refuse_fallback(session: Session, registered: Sequence[str], provider: str)
         total = sum(len(nodes) for nodes in placed.values())
         shown = ", ".join(strays[:5]) + (", ..." if len(strays) > 5 else "")
         raise RuntimeFailure(
-            f"{len(strays)} of {total} nodes would run on the cpu instead of {_short(provider)}: {shown} "
-            "(--allow-fallback accepts this)."
+            f"{len(strays)} of {total} nodes would run on the cpu instead of {providers.short(session.provider)}: "
+            f"{shown} (--allow-fallback accepts this)."
         )
 
 

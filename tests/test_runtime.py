@@ -358,7 +358,7 @@ def test_an_unknown_provider_is_named_with_the_nearest() -> None:
 def test_an_unavailable_provider_lists_the_others(name: str) -> None:
     if "DmlExecutionProvider" in runtime.available_providers():
         pytest.skip("DirectML is there")
-    with pytest.raises(RuntimeFailure, match=r"has no provider dml, only .*cpu"):
+    with pytest.raises(UsageError, match=r"has no provider dml, only .*cpu; install onnxruntime-directml in the place"):
         open_session(parse("g (float[N] x) => (float[N] y) { y = Neg(x) }"), RunOptions(provider=name), optimized=False)
 
 
@@ -393,6 +393,17 @@ def test_a_session_that_falls_back_is_an_error_unless_allowed(monkeypatch: pytes
         open_session(model, RunOptions(provider="cuda"), optimized=False)
     with open_session(model, RunOptions(provider="cuda", allow_fallback=True), optimized=False) as session:
         session.bind({"x": np.ones(3, np.float32)}).run()
+    with pytest.raises(UsageError, match="could not start the provider cuda and fell back to cpu"):
+        runtime.run_options("cuda")
+    assert runtime.run_options("cuda", allow_fallback=True).provider == "cuda"
+
+
+def test_a_provider_that_starts_is_there() -> None:
+    """Whether it takes the nodes of a model is another question."""
+    name = next((p for p in runtime.available_providers() if p != "CPUExecutionProvider"), None)
+    if name is None:
+        pytest.skip("this build has no other provider than cpu")
+    assert runtime.run_options(name, 2, ["lib.so"]) == RunOptions(name, 2, ("lib.so",))
 
 
 def test_available_providers() -> None:

@@ -11,15 +11,14 @@ if TYPE_CHECKING:
 
 
 def options_of(running: Mapping[str, Any]) -> RunOptions:
-    """Return provider, threads and custom operators."""
-    from onnxopt.runtime import RunOptions
+    """Return provider, threads and custom operators.
 
-    return RunOptions(
-        provider=running["provider"] or "cpu",
-        threads=running["threads"],
-        custom_ops=tuple(running["custom_ops"]),
-        allow_fallback=running["allow_fallback"],
-    )
+    Raises:
+        UsageError: If the provider is not there.
+    """
+    from onnxopt.runtime import run_options
+
+    return run_options(running["provider"], running["threads"], running["custom_ops"], running["allow_fallback"])
 
 
 def feeds_of(model: str, running: Mapping[str, Any]) -> Data | None:

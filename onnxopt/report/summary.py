@@ -69,19 +69,29 @@ def _metric(metric: MetricResult) -> str:
     return f"{words.printable(metric.name)} {metric.baseline:.4g} -> {metric.candidate:.4g}"
 
 
+def _is_off_target(report: Report) -> bool:
+    """Whether the result was run on a processor and is for something else."""
+    return report.target == "cuda" and report.environment.provider.lower().startswith("cpu")
+
+
 def _verified(report: Report) -> str:
     verification = report.verification
     if verification is None:
         return "NOT VERIFIED"
     if not verification.ok:
         return "FAILED VERIFICATION"
-    if verification.worst == 0:
-        return f"verified ({verification.extent})"
-    return f"verified (worst deviation {words.deviation(verification.worst)} of the output's range)"
+    off_target = _is_off_target(report)
+    how = verification.extent
+    if verification.worst != 0:
+        whose = "the range" if off_target else "the output's range"
+        how = f"worst deviation {words.deviation(verification.worst)} of {whose}"
+    return f"NOT VERIFIED ON {report.target.upper()}, only on the cpu ({how})" if off_target else f"verified ({how})"
 
 
 def _measured(report: Report) -> str:
-    return "NOT MEASURED" if report.measurement is None else speed(report.measurement)
+    if report.measurement is None:
+        return "NOT MEASURED"
+    return f"on the cpu {speed(report.measurement)}" if _is_off_target(report) else speed(report.measurement)
 
 
 def speed(measurement: Measurement) -> str:

@@ -382,9 +382,72 @@ def test_what_contradicts_a_search(invoke: Invoke, model: Path, arguments: list[
     assert complaint in done.stderr.replace("\n", " ")
 
 
-def test_a_target_whose_provider_is_missing_is_told(invoke: Invoke, model: Path) -> None:
+NO_CUDA = "The installed ONNX Runtime has no provider cuda, only "
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the provider cuda away, should it be here."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+
+
+def test_a_target_that_is_not_here_is_told_in_the_headline(
+    invoke: Invoke, model: Path, tmp_path: Path, no_cuda: None
+) -> None:
     """Times on a CPU would be taken for those of the GPU that was asked for."""
-    done = invoke("optimize", model, "--target", "cuda", FAST)
-    assert "no provider cuda: what is compared and timed here ran on the cpu" in " ".join(done.stdout.split())
-    assert "no provider cuda" not in invoke("optimize", model, "--target", "cpu", FAST).stdout
-    assert "no provider cuda" not in invoke("optimize", model, "--target", "cuda", "--provider", "cpu", FAST).stdout
+    out, report = tmp_path / "o.onnx", tmp_path / "r.json"
+    done = invoke("optimize", model, "--target", "cuda", "-o", out, "--report", report)
+    told = " ".join(done.stdout.split())
+    assert done.exit_code == 0
+    assert "NOT VERIFIED ON CUDA, only on the cpu (outputs are equal), NOT MEASURED" in told
+    assert "the target cuda is not here, and times on the cpu tell nothing of it" in told
+    assert "The result is for cuda and could only be compared on the cpu." in told
+    assert "install onnxruntime-gpu (onnxopt[gpu] brings it)" in told
+    assert json.loads(report.read_text())["measurement"] is None
+    assert "NOT VERIFIED ON" not in invoke("optimize", model, "--target", "cpu", FAST).stdout
+
+
+def test_a_target_is_timed_elsewhere_where_the_user_says_so(
+    invoke: Invoke, model: Path, quick: None, no_cuda: None
+) -> None:
+    told = " ".join(invoke("optimize", model, "--target", "cuda", "--provider", "cpu").stdout.split())
+    assert "NOT VERIFIED ON CUDA, only on the cpu (outputs are equal), on the cpu " in told
+    assert "NOT MEASURED" not in told and NO_CUDA not in told
+
+
+def test_a_search_does_not_take_the_times_of_another_target(
+    invoke: Invoke, model: Path, tmp_path: Path, no_cuda: None
+) -> None:
+    """On a CPU float16 is slow, which says nothing of a GPU."""
+    done = invoke("optimize", model, "--target", "cuda", "--max-error", "1%", "-o", tmp_path / "o.onnx")
+    assert done.exit_code == 2
+    assert f"A search times its candidates on the target. {NO_CUDA}" in done.stderr
+    assert names_in(tmp_path) == {"models"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optimize", "MODEL", "-o", "OUT"],
+        ["optimize", "MODEL", "-o", "OUT", "--target", "cuda", "--allow-fallback"],
+        ["optimize", "MODEL", "-o", "OUT", "--no-verify", FAST],
+        ["quantize", "MODEL", "-o", "OUT", "--mode", "weights"],
+        ["transfer", "MODEL", "MODEL", "-o", "OUT"],
+        ["graft", "MODEL", "MODEL", "-o", "OUT", "--replace", "a->y", "--with", "a->y"],
+        ["extract", "MODEL", "-o", "OUT", "--from", "a", "--to", "y"],
+        ["merge-trunk", "MODEL", "MODEL", "-o", "OUT"],
+        ["verify", "MODEL", "MODEL"],
+        ["bench", "MODEL"],
+        ["head", "MODEL", "-o", "OUT", "--data", "absent.npz"],
+        ["advise", "MODEL", "--data", "absent.npz"],
+    ],
+)
+def test_a_provider_that_is_named_has_to_be_here(
+    invoke: Invoke, model: Path, tmp_path: Path, no_cuda: None, arguments: list[str]
+) -> None:
+    """First of all, so that nobody waits for it, and nothing is written that could not be run as asked."""
+    paths = {"MODEL": model, "OUT": tmp_path / "out.onnx"}
+    done = invoke(*(paths.get(a, a) for a in arguments), "--provider", "cuda")
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith(f"Error: {NO_CUDA}cpu; install onnxruntime-gpu")
+    assert done.stdout == "" and names_in(tmp_path) == {"models"}

@@ -76,8 +76,8 @@ def provider_options(function: F) -> F:
         click.option(
             "--provider",
             type=Choice("NAME", names(*PROVIDERS)),
-            help="Execution provider to run on: cpu, cuda, ... By default the target's own, or cpu where that is not "
-            "installed.",
+            help="Execution provider to run on: cpu, cuda, ... By default the target's own; where that is not "
+            "installed, outputs are compared on the cpu and nothing is timed.",
         ),
         click.option(
             "--allow-fallback",
