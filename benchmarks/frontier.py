@@ -24,7 +24,6 @@ from onnxopt.feeds import Data, Feed, load_data
 from onnxopt.measure import measure
 from onnxopt.pipeline import Pipeline
 from onnxopt.runtime import RunOptions, evaluate_node
-from onnxopt.search.arithmetic import overflows_here
 
 
 def main() -> None:
@@ -53,8 +52,7 @@ def main() -> None:
 def pipelines(left: list[float], blocks: list[int]) -> Iterator[tuple[str, str]]:
     """Yield what is done, in words and as a pipeline."""
     lossless = str(Pipeline.recipe("lossless"))
-    bits = "{bits=7}" if overflows_here() else ""
-    int8 = f"{lossless},smooth-activations,quantize-dynamic{bits},quantize-static{bits},quantize-weights"
+    int8 = f"{lossless},smooth-activations,quantize-dynamic,quantize-static,quantize-weights"
     yield "lossless", lossless
     yield "int8", int8
     pruned = [

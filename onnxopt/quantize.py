@@ -20,7 +20,6 @@ from onnxopt.ground import Settings, Source
 from onnxopt.optimize import Result, carry_out
 from onnxopt.pipeline import Pipeline, make_pass
 from onnxopt.registry import nearest
-from onnxopt.search.arithmetic import overflows_here
 from onnxopt.trial import Denials
 
 Mode = Literal["static", "dynamic", "weights", "matmul", "float16", "fp16-storage"]
@@ -39,19 +38,13 @@ class _Way:
 
 
 _WAYS: dict[str, _Way] = {
-    "static": _Way("quantize-static", ("ranges", "bits")),
-    "dynamic": _Way("quantize-dynamic", ("bits",)),
+    "static": _Way("quantize-static", ("ranges",)),
+    "dynamic": _Way("quantize-dynamic"),
     "weights": _Way("quantize-weights", ("bits", "granularity", "block", "method")),
     "matmul": _Way("quantize-matmul", ("bits", "block", "method")),
     "float16": _Way("convert-float16"),
     "fp16-storage": _Way("store-float16"),
 }
-_MULTIPLIED = ("static", "dynamic")
-"""The modes whose weights are multiplied as integers."""
-OVERFLOW = (
-    "This processor adds up pairs of 8-bit products in 16 bits, which may overflow; outputs are then worse here than "
-    "on one with VNNI instructions. Weights of 7 bits (--bits 7) avoid it."
-)
 _SMOOTHED = "dynamic"
 """The mode that smooths activations before."""
 
@@ -65,7 +58,7 @@ class Scheme:
             matrix products whose activations are scaled as they come. "weights": weights alone, for size. "matmul":
             MatMulNBits, for language models. "float16": half precision on cuda. "fp16-storage": weights in half
             precision, computed as before.
-        bits: Bits of a weight: 8, 4 or 2; with modes "static" and "dynamic" 8, or 7 for processors without VNNI.
+        bits: Bits of a weight, with modes "weights" and "matmul": 8, 4 or 2.
         granularity: A scale per "tensor" or per "channel".
         block: A scale per so many elements along the sum instead.
         ranges: How activation ranges follow from the data: "auto", "minmax", "percentile", "entropy" or "mse".
@@ -237,9 +230,6 @@ def quantize(
     done = result.report.passes[-1]
     if not done.applied:
         raise NothingDoneError(f"Nothing was quantized: {done.name}: {_why(done)}.")
-    if mode in _MULTIPLIED and bits != 7 and target != "cuda" and overflows_here():
-        report = dataclasses.replace(result.report, notes=(*result.report.notes, OVERFLOW))
-        result = dataclasses.replace(result, report=report)
     return result
 
 

@@ -29,12 +29,12 @@ N = 128
 """Large enough for every pass to think a layer worth it."""
 
 PASSES: dict[str, tuple[str, str]] = {
-    "quantize-static": ("quantize-static{bits=7}", "cpu"),
-    "approximate-gelu, quantize-static": ("approximate-gelu,quantize-static{bits=7}", "cpu"),
-    "quantize-dynamic": ("quantize-dynamic{bits=7}", "cpu"),
-    "quantize-dynamic, portable": ("quantize-dynamic{bits=7}", "portable"),
+    "quantize-static": ("quantize-static", "cpu"),
+    "approximate-gelu, quantize-static": ("approximate-gelu,quantize-static", "cpu"),
+    "quantize-dynamic": ("quantize-dynamic", "cpu"),
+    "quantize-dynamic, portable": ("quantize-dynamic", "portable"),
     "smooth-activations": ("smooth-activations", "cpu"),
-    "smooth-activations, quantize-dynamic": ("smooth-activations,quantize-dynamic{bits=7}", "cpu"),
+    "smooth-activations, quantize-dynamic": ("smooth-activations,quantize-dynamic", "cpu"),
     "quantize-matmul": ("quantize-matmul{bits=8}", "cpu"),
     "quantize-matmul, 4 bits": ("quantize-matmul{bits=4}", "cpu"),
     "quantize-weights": ("quantize-weights", "portable"),
@@ -46,7 +46,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "store-float16": ("store-float16", "portable"),
     "convert-float16": ("convert-float16", "cuda"),
 }
-"""How each pass is run: pipeline and target; with 7 bits where processors may add up products in 16."""
+"""How each pass is run: pipeline and target."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_a_slower_result_is_kept_and_told(monkeypatch: pytest.MonkeyPatch) -> No
     ("options", "complaint"),
     [
         ({"mode": "statc"}, 'no mode "statc". Did you mean "static"'),
-        ({"mode": "float16", "bits": 4}, "bits is for mode static, dynamic, weights or matmul; leave it out with mode"),
+        ({"mode": "float16", "bits": 4}, "bits is for mode weights or matmul; leave it out with mode"),
         ({"mode": "weights", "ranges": "mse"}, "ranges is for mode static"),
         ({"mode": "float16", "granularity": "channel"}, "granularity is for mode weights"),
         ({"mode": "matmul", "smooth": True}, "smooth is for mode dynamic"),
@@ -127,25 +127,6 @@ def test_a_scheme_is_a_pipeline() -> None:
 def test_every_mode_has_a_pass(mode: Any) -> None:
     pipeline = Scheme(mode=mode).pipeline("cpu", simplify=False, data=False)
     assert _WAYS[mode].pass_name in [p.name for p in pipeline.passes]
-
-
-@pytest.mark.parametrize(
-    ("mode", "bits", "overflows", "told"),
-    [
-        ("dynamic", None, True, True),
-        ("dynamic", 8, True, True),
-        ("dynamic", 7, True, False),
-        ("dynamic", None, False, False),
-        ("weights", None, True, False),
-    ],
-)
-def test_sums_that_overflow_here_are_told(
-    monkeypatch: pytest.MonkeyPatch, mode: Any, bits: int | None, overflows: bool, told: bool
-) -> None:
-    module = importlib.import_module("onnxopt.quantize")
-    monkeypatch.setattr(module, "overflows_here", lambda: overflows)
-    result = quantize(mode=mode, bits=bits, target="cpu", verify=False)
-    assert (module.OVERFLOW in result.report.notes) is told
 
 
 def test_the_model_given_is_not_changed() -> None:

@@ -43,9 +43,9 @@ interrupted.
 @click.option("--mode", required=True, type=click.Choice(MODES), help="What is quantized; see below.")
 @click.option(
     "--bits",
-    type=click.Choice(["8", "7", "4", "2"]),
+    type=click.Choice(["8", "4", "2"]),
     callback=lambda ctx, param, value: value and int(value),
-    help="Bits of a weight (weights, matmul: 8, 4, 2; static, dynamic: 8, or 7 for processors without VNNI).",
+    help="Bits of a weight (weights, matmul).",
 )
 @click.option(
     "--granularity", type=click.Choice(["tensor", "channel"]), help="What shares a scale (weights); --block is finer."

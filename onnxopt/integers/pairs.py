@@ -98,19 +98,19 @@ class Pairs:
         self._made[value] = restored.outputs[0]
         return restored.outputs[0]
 
-    def weight(self, value: ir.Value, weight: Array, grid: Grid, *, plain: bool) -> ir.Value:
+    def weight(self, value: ir.Value, integers: Array, grid: Grid, *, plain: bool) -> ir.Value:
         """Return a weight as integers that are restored; layers with the same weight and grid share them.
 
         Args:
             value: The weight as it is stored.
-            weight: Its elements.
-            grid: What its integers stand for.
+            integers: What its elements are rounded to.
+            grid: What the integers stand for.
             plain: Whether its zero point, 0, may be left out: the rule that makes a kernel of Gemm wants it.
         """
         key = (value, -1 if grid.axis is None else grid.axis, grid.scale.tobytes(), plain)
         if key not in self._weights:
             zero_point = None if plain else grid.zero_point
-            self._weights[key] = self.restored(value, grids.quantize(weight, grid), grid.scale, zero_point, grid.axis)
+            self._weights[key] = self.restored(value, integers, grid.scale, zero_point, grid.axis)
         return self._weights[key]
 
     def bias(self, value: ir.Value, bias: Array, scale: Array, *, of_convolution: bool) -> ir.Value:

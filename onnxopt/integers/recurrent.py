@@ -21,7 +21,7 @@ from onnxopt.graph import (
     remove_unused,
     replace_value,
 )
-from onnxopt.numeric import grids
+from onnxopt.numeric import adjacent
 from onnxopt.rewrite import Builder
 
 RECURRENT = ("LSTM", "GRU", "RNN")
@@ -49,21 +49,20 @@ def unfit(node: ir.Node, target: Target) -> str | None:
     return None
 
 
-def write_lstm(node: ir.Node, scope: Scope, names: Names, levels: int) -> None:
+def write_lstm(node: ir.Node, scope: Scope, names: Names) -> None:
     """Write an LSTM as DynamicQuantizeLSTM, whose weights are transposed.
 
     Args:
         node: The LSTM.
         scope: The graph it is in.
         names: Where new names come from.
-        levels: The largest integer of a weight.
     """
     builder = Builder(scope, names, node, first_output(node))
     inputs: list[ir.Value | None] = [*node.inputs, *[None] * (_LSTM_INPUTS - len(node.inputs))]
     for index, name in ((1, "W"), (2, "R")):
         tensor = constant_tensor(inputs[index])
         assert tensor is not None, "checked before"
-        integers, scale = _gates(tensor.numpy(), levels)
+        integers, scale = _gates(tensor.numpy())
         inputs[index] = builder.constant(f"{name}_int8", integers)
         zero_point = builder.constant(f"{name}_zero_point", np.zeros(scale.shape, np.int8))
         inputs += [builder.constant(f"{name}_scale", scale), zero_point]
@@ -78,12 +77,12 @@ def write_lstm(node: ir.Node, scope: Scope, names: Names, levels: int) -> None:
     remove_unused(node)
 
 
-def _gates(array: np.ndarray, levels: int) -> tuple[np.ndarray, np.ndarray]:
+def _gates(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Quantize directions x gates x inputs; return directions x inputs x gates, and directions x gates of scales."""
     per_direction = []
     for each in array:
-        low, high = grids.value_range(each, 0)
-        grid = grids.symmetric(low, high, 0, levels=levels)
-        per_direction.append((grids.quantize(each, grid).T, grid.scale))
+        orders = adjacent.orders_of_matrix(0)
+        grid = adjacent.fitting_grid(each, 0, orders)
+        per_direction.append((adjacent.fitting_integers(each, grid, orders).T, grid.scale))
     integers, scales = zip(*per_direction, strict=True)
     return np.ascontiguousarray(np.stack(integers)), np.stack(scales)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from onnxopt.analysis.weights import weights
 from onnxopt.graph import all_nodes, is_op
@@ -151,7 +151,6 @@ def propose(
     target: Target,
     *,
     learning: bool,
-    bits: Literal[8, 7] = 8,
     objective: Objective = "latency",
 ) -> list[Proposal]:
     """Return what to try, what is likely to win first.
@@ -160,19 +159,18 @@ def propose(
         inventory: What the model contains.
         target: What it is for.
         learning: Whether there is data that passes can learn from.
-        bits: Of weights that integers are multiplied by; 7 where sums of 8-bit products overflow.
         objective: What counts: for size, names are shortened too.
     """
     makers = {"cpu": _for_cpu, "cuda": _for_cuda, "portable": _portable}
-    proposals = makers[target](inventory, bits) if inventory.total >= FEWEST_ELEMENTS else ()
+    proposals = makers[target](inventory) if inventory.total >= FEWEST_ELEMENTS else ()
     end = SMALLEST if objective == "size" else TIDY
     tidied = (dataclasses.replace(p, passes=f"{p.passes},{end}") for p in proposals)
     return [KEEP, *(p for p in tidied if learning or not p.learns)]
 
 
-def _for_cpu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
-    yield from _integers(inventory, bits)
-    yield from _without_gelu(inventory, bits)
+def _for_cpu(inventory: Inventory) -> Iterator[Proposal]:
+    yield from _integers(inventory)
+    yield from _without_gelu(inventory)
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")
         yield Proposal("4-bit blocks", f"{_BLOCKS},{_REST}")
@@ -181,45 +179,42 @@ def _for_cpu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
     yield Proposal("16-bit weights", "store-float16")
 
 
-def _integers(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+def _integers(inventory: Inventory) -> Iterator[Proposal]:
     """Yield what computes with 8-bit integers."""
     products = inventory.product + inventory.recurrent >= FEWEST_ELEMENTS
     convolutions = inventory.convolution >= FEWEST_ELEMENTS
-    option = "" if bits == 8 else f"{{bits={bits}}}"
-    static, dynamic = f"quantize-static{option}", f"quantize-dynamic{option}"
     if convolutions:
-        yield _with("static int8", (static,), bits)
+        yield _with("static int8", ("quantize-static",))
     if products:
-        yield from _dynamic(inventory, "dynamic int8", (dynamic,), bits)
+        yield from _dynamic(inventory, "dynamic int8", ("quantize-dynamic",))
     if products and convolutions:
-        yield from _dynamic(inventory, "static and dynamic int8", (dynamic, static), bits)
+        yield from _dynamic(inventory, "static and dynamic int8", ("quantize-dynamic", "quantize-static"))
 
 
-def _without_gelu(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+def _without_gelu(inventory: Inventory) -> Iterator[Proposal]:
     """Yield the plain form of all that computes with 8-bit integers, with GELU in such a form too."""
     if inventory.gelu and inventory.convolution >= FEWEST_ELEMENTS:
-        *_, plain = (p for p in _integers(inventory, bits) if "smooth" not in p.name)
-        name, _, rest = plain.name.partition(", ")
-        yield Proposal(", ".join(filter(None, (name, "GELU by sigmoid", rest))), f"approximate-gelu,{plain.passes}")
+        *_, plain = (p for p in _integers(inventory) if "smooth" not in p.name)
+        yield Proposal(f"{plain.name}, GELU by sigmoid", f"approximate-gelu,{plain.passes}")
 
 
-def _dynamic(inventory: Inventory, name: str, passes: tuple[str, ...], bits: int) -> Iterator[Proposal]:
-    yield _with(name, passes, bits)
+def _dynamic(inventory: Inventory, name: str, passes: tuple[str, ...]) -> Iterator[Proposal]:
+    yield _with(name, passes)
     if inventory.product >= FEWEST_ELEMENTS:
-        yield _with(f"smoothed {name}", ("smooth-activations", *passes), bits)
+        yield _with(f"smoothed {name}", ("smooth-activations", *passes))
 
 
-def _with(name: str, passes: tuple[str, ...], bits: int) -> Proposal:
-    return Proposal(name if bits == 8 else f"{name}, {bits}-bit weights", ",".join((*passes, _REST)))
+def _with(name: str, passes: tuple[str, ...]) -> Proposal:
+    return Proposal(name, ",".join((*passes, _REST)))
 
 
-def _portable(inventory: Inventory, bits: int) -> Iterator[Proposal]:
-    yield from _integers(inventory, bits)
+def _portable(inventory: Inventory) -> Iterator[Proposal]:
+    yield from _integers(inventory)
     yield Proposal("8-bit weights", _REST)
     yield Proposal("16-bit weights", "store-float16")
 
 
-def _for_cuda(inventory: Inventory, bits: int) -> Iterator[Proposal]:
+def _for_cuda(inventory: Inventory) -> Iterator[Proposal]:
     yield Proposal("float16", "convert-float16")
     if inventory.product >= FEWEST_ELEMENTS:
         yield Proposal("8-bit blocks", f"quantize-matmul{{bits=8}},{_REST}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from onnxopt import manager
 from onnxopt.metrics import Evaluator
 from onnxopt.report.environment import environment
 from onnxopt.search import lab, state
-from onnxopt.search.arithmetic import overflows_here
 from onnxopt.search.candidates import Proposal, propose, take_inventory
 from onnxopt.search.decision import MOST_EFFORT, SAME_SPEED, Limits, Speed
 from onnxopt.search.progress import Labelled
@@ -36,8 +35,7 @@ CONFIRMING_SECONDS = (10.0, 20.0, 40.0)
 def proposals(model: ir.Model, settings: Settings) -> list[Proposal]:
     """Return what is worth trying on a model."""
     learning = settings.data is not None or settings.force_calibration
-    bits: Literal[8, 7] = 7 if settings.target != "cuda" and overflows_here() else 8
-    return propose(take_inventory(model), settings.target, learning=learning, bits=bits, objective=settings.objective)
+    return propose(take_inventory(model), settings.target, learning=learning, objective=settings.objective)
 
 
 def any_learns(found: Sequence[Proposal]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -28,24 +28,23 @@ from onnxopt.graph import (
     scopes,
 )
 from onnxopt.integers import recurrent
-from onnxopt.numeric import grids
+from onnxopt.numeric import adjacent, grids
 from onnxopt.numeric.blocks import along
 from onnxopt.rewrite import Builder
 
 NEEDED_OPSET = 11
 """DynamicQuantizeLinear is in the standard from this version on."""
-LEVELS = {8: 127, 7: 64}
-"""The largest integer for a number of bits. Pairs of products 255 * 64 still fit into the 16 bits in which processors
-without VNNI add them up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizeDynamic(GraphPass):
     """Quantize the weights of MatMul, Gemm, attention projections and LSTM to int8, and activations while running.
 
-    A weight gets a scale per output channel. The range of an activation is taken whenever the model runs, so that no
-    calibration data is needed. ONNX Runtime multiplies integers then: measured on one core with AVX-512 VNNI, a layer
-    of 384 x 1536 takes .31 of the time at 128 rows of activations, .34 at 16.
+    A weight gets a scale per output channel, and the few whose products could exceed the 16 bits in which x86-64
+    processors without VNNI add up pairs of them are made smaller, so that every processor computes the same. The range
+    of an activation is taken whenever the model runs, so that no calibration data is needed. ONNX Runtime multiplies
+    integers then: measured on one core with AVX-512 VNNI, a layer of 384 x 1536 takes .31 of the time at 128 rows of
+    activations, .34 at 16.
 
     For the target "portable" a layer becomes DynamicQuantizeLinear, MatMulInteger, Cast, Mul and Add, which ONNX
     Runtime fuses to one operator for the CPU; for "cpu" it is that operator, DynamicQuantizeMatMul, and an LSTM
@@ -55,15 +54,12 @@ class QuantizeDynamic(GraphPass):
     once: the other nodes get it back from its integers by nodes that the runtime computes when it loads the model.
 
     Attributes:
-        bits: Of the weights' integers. 8 is for processors with VNNI, or another way to add up products in 32 bits.
-            x86-64 processors without it add pairs of products in 16 bits, which may overflow; 7 rules that out.
         min_elements: Layers whose weight has fewer elements stay as they are.
     """
 
     name: ClassVar[str] = "quantize-dynamic"
     guarantee: ClassVar[Guarantee] = Guarantee.APPROXIMATE
 
-    bits: Literal[8, 7] = 8
     min_elements: int = 2048
 
     def __post_init__(self) -> None:
@@ -72,8 +68,6 @@ class QuantizeDynamic(GraphPass):
         Raises:
             UsageError: If one cannot be used.
         """
-        if self.bits not in LEVELS:
-            raise UsageError(f"quantize-dynamic: bits is {self.bits}; use 8 or 7.")
         if self.min_elements < 1:
             raise UsageError(f"quantize-dynamic: min_elements is {self.min_elements}; use 1 or more.")
 
@@ -86,7 +80,7 @@ class QuantizeDynamic(GraphPass):
         names = Names(model)
         found = [p for p in products(model, ctx.shapes) if self._is_large(p)]
         fit = [p for p in found if isinstance(p, Product) and self._reason(p, ctx) is None]
-        store = _Store(model, names, fit, LEVELS[self.bits])
+        store = _Store(model, names, fit)
         for before in found:
             # Looked at again: an edit moves what the later ones are about, or gives them a weight made of integers.
             item = product(before.node, before.scope, ctx.shapes) or before
@@ -137,7 +131,7 @@ class QuantizeDynamic(GraphPass):
         if not all(np.isfinite(grids.value_range(t.numpy())).all() for t in weights):
             return Refusal(site, "its weight holds NaN or infinity")
         summary = f"LSTM weights of {total:,} elements to int8 per channel"
-        return Edit(site, summary, functools.partial(recurrent.write_lstm, node, scope, names, LEVELS[self.bits]))
+        return Edit(site, summary, functools.partial(recurrent.write_lstm, node, scope, names))
 
 
 # One copy of every weight ------------------------------------------------------------------------------------
@@ -163,18 +157,16 @@ class _Copy:
 class _Store:
     """Quantizes each weight once, whoever uses it."""
 
-    def __init__(self, model: ir.Model, names: Names, fit: list[Product], levels: int) -> None:
+    def __init__(self, model: ir.Model, names: Names, fit: list[Product]) -> None:
         """Remember who will use which weight as a factor of a product.
 
         Args:
             model: The model.
             names: Where new names come from.
             fit: The products that may be quantized.
-            levels: The largest integer.
         """
         self._owners = {s.graph: s for s in scopes(model)}
         self._names = names
-        self._levels = levels
         self._copies: dict[ir.Value, _Copy] = {}
         self._ranges: dict[tuple[ir.Value, int], tuple[np.ndarray, np.ndarray]] = {}
         self._axes: dict[ir.Value, int] = {}
@@ -215,8 +207,9 @@ class _Store:
         scope = self._owners[value.graph]
         constant = value.producer()
         first = constant if constant is not None else next(iter(scope.graph))
-        grid = _grid(*self._range(item), axis, self._levels)
-        integers = grids.quantize(item.tensor.numpy(), grid)
+        weight, orders = item.tensor.numpy(), adjacent.orders_of_matrix(axis)
+        grid = adjacent.fitting_grid(weight, axis, orders)
+        integers = adjacent.fitting_integers(weight, grid, orders)
         others = [u.node for u in value.uses() if u.node not in self._users[value]]
         builder = Builder(scope, self._names, first, value.name or "weight")
         if others or not item.transposed:
@@ -244,11 +237,6 @@ class _Store:
             for index, source in enumerate(node.inputs):
                 if source is value:
                     node.replace_input_with(index, restored)
-
-
-def _grid(low: np.ndarray, high: np.ndarray, axis: int, levels: int) -> grids.Grid:
-    """Return the grid of int8 in which the largest magnitude of a channel is this level."""
-    return grids.symmetric(low, high, axis, levels=levels)
 
 
 def _stored_bytes(item: Product) -> int:

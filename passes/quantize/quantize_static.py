@@ -42,15 +42,14 @@ from onnxopt.graph import (
     scopes,
 )
 from onnxopt.integers.pairs import Pairs
-from onnxopt.numeric import grids
+from onnxopt.numeric import adjacent, grids
 from onnxopt.numeric.grids import Array, Grid
 from onnxopt.numeric.histogram import Histogram, value_range
 from onnxopt.numeric.means import ChannelMeans, mean_response
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
-LEVELS = {8: 127, 7: 64}
-"""The largest integer of a weight for a number of bits. Pairs of products 255 * 64 still fit into the 16 bits in which
-processors without VNNI add them up."""
+LARGEST = 127
+"""The largest integer of a weight."""
 CLIP_BY_INPUTS = 11
 """From this opset on, Clip takes its bounds as inputs."""
 MAX_BIAS = 2.0**30
@@ -69,6 +68,9 @@ class QuantizeStatic(GraphPass):
     it is a copy. AveragePool becomes a depthwise convolution where it can; FusedConv, HardSigmoid and HardSwish are
     taken apart, because none has a fast 8-bit kernel.
 
+    The few weights whose products could exceed the 16 bits in which x86-64 processors without VNNI add up pairs of them
+    are made smaller, so that every processor computes the same.
+
     Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in
     floating point.
 
@@ -79,8 +81,6 @@ class QuantizeStatic(GraphPass):
         correct_bias: Make up, in the bias, for what rounding the weights adds to the mean of each output channel on
             the calibration data. On PP-OCR's text reader with 16 images it lowered the characters that are wrong
             because of the 8 bits from 3.9 in a hundred to 0.5.
-        bits: Of the weights' integers. 8 is for processors with VNNI, or another way to add up products in 32 bits.
-            x86-64 processors without it add pairs of products in 16 bits, which may overflow; 7 rules that out.
     """
 
     name: ClassVar[str] = "quantize-static"
@@ -89,7 +89,6 @@ class QuantizeStatic(GraphPass):
 
     ranges: Literal["auto", "minmax", "percentile", "entropy", "mse"] = "auto"
     correct_bias: bool = True
-    bits: Literal[8, 7] = 8
 
     def __post_init__(self) -> None:
         """Check the options.
@@ -99,8 +98,6 @@ class QuantizeStatic(GraphPass):
         """
         if self.ranges not in METHODS:
             raise UsageError(f'quantize-static: ranges is "{self.ranges}"; use {", ".join(METHODS)}.')
-        if self.bits not in LEVELS:
-            raise UsageError(f"quantize-static: bits is {self.bits}; use 8 or 7.")
 
     def skip_reason(self, model: ir.Model, ctx: Context) -> str | None:
         """Return why no layer can be computed with integers, or None."""
@@ -140,7 +137,7 @@ class QuantizeStatic(GraphPass):
         if self.correct_bias:
             seen.watch_means(layers)
         ctx.calibration.observe(model, seen.observers)
-        graph = _Graph(main, names, seen, ctx, LEVELS[self.bits])
+        graph = _Graph(main, names, seen, ctx)
         for item in layers:
             yield self._layer(item, graph)
         chosen = worthwhile(others, graph.pairs.is_rounded)
@@ -254,11 +251,10 @@ class _Seen:
 class _Graph:
     """The main graph with what was done to its layers and what lies between them."""
 
-    def __init__(self, scope: Scope, names: Names, seen: _Seen, ctx: Context, levels: int) -> None:
+    def __init__(self, scope: Scope, names: Names, seen: _Seen, ctx: Context) -> None:
         self._names = names
         self._seen = seen
         self._shapes = ctx.shapes
-        self._levels = levels
         self.pairs = Pairs(scope, names, ctx.target, seen.grid, seen.ties.of)
 
     def reason(self, value: ir.Value) -> str | None:
@@ -281,11 +277,13 @@ class _Graph:
         node, weight = item.node, constant_array(item.weight)
         assert weight is not None, "layers have constant weights"
         source = self.pairs.round(item.source)
-        axis = item.channel_axis if self.pairs.per_channel else None
-        grid = grids.symmetric(*grids.value_range(weight, axis), axis, levels=self._levels)
-        step = self._seen.grid(item.source).scale
-        bias = self._wanted_bias(item, weight, grid)
         convolution = node.op_type == "Conv"
+        groups, of_matrix = attribute(node, "group", 1), adjacent.orders_of_matrix(item.channel_axis)
+        orders = adjacent.orders_of_convolution(weight.shape, groups) if convolution else of_matrix
+        grid = adjacent.fitting_grid(weight, item.channel_axis if self.pairs.per_channel else None, orders)
+        step = self._seen.grid(item.source).scale
+        rounded = grids.dequantize(adjacent.fitting_integers(weight, grid, orders), grid)
+        bias = self._wanted_bias(item, weight, rounded)
         if bias is not None:
             grid = _reaching(grid, bias, step)
             base = item.bias if item.bias is not None else item.weight
@@ -293,22 +291,22 @@ class _Graph:
             node.resize_inputs(3)
             node.replace_input_with(2, self.pairs.bias(base, bias, scale, of_convolution=convolution))
         node.replace_input_with(0, source)
-        node.replace_input_with(1, self.pairs.weight(item.weight, weight, grid, plain=convolution))
+        integers = adjacent.fitting_integers(weight, grid, orders)
+        node.replace_input_with(1, self.pairs.weight(item.weight, integers, grid, plain=convolution))
         drop_unused_constants([item.weight, item.bias])
         # The kernel of Conv makes integers; that of Gemm can make floating-point numbers.
         if convolution:
             self.pairs.round(item.result)
 
-    def _wanted_bias(self, item: Layer, weight: Array, grid: Grid) -> Array | None:
-        """Return the bias of a layer whose weight is rounded to a grid, one float64 per channel, or None for none."""
+    def _wanted_bias(self, item: Layer, weight: Array, rounded: Array) -> Array | None:
+        """Return the bias of a layer whose weight is rounded, one float64 per channel, or None for none."""
         channels = (weight.shape[item.channel_axis],)
         given = constant_array(item.bias)
         bias = None if given is None else np.broadcast_to(given.astype(np.float64).reshape(-1), channels)
         means = self._seen.means(item.source)
         if means is None:
             return bias
-        lost = weight.astype(np.float64) - grids.dequantize(grids.quantize(weight, grid), grid)
-        shift = mean_response(lost, means, item.channel_axis)
+        shift = mean_response(weight.astype(np.float64) - rounded, means, item.channel_axis)
         return shift if bias is None else bias + shift
 
     def quantize_between(self, item: Between) -> None:
@@ -325,8 +323,8 @@ class _Graph:
     def _convolve(self, node: ir.Node, channels: int) -> None:
         """Write an AveragePool as a depthwise convolution, which has a faster 8-bit kernel."""
         size = attribute(node, "kernel_shape")
-        integers = np.full((channels, 1, *size), self._levels, np.int8)
-        scale = np.asarray(1 / (self._levels * math.prod(size)), np.float32)
+        integers = np.full((channels, 1, *size), LARGEST, np.int8)
+        scale = np.asarray(1 / (LARGEST * math.prod(size)), np.float32)
         (output,) = node.outputs
         weight = self.pairs.restored(output, integers, scale, None, None)
         kept = {name: attribute(node, name) for name in ("strides", "pads", "auto_pad") if name in node.attributes}

@@ -85,12 +85,9 @@ def context(model, feeds=None, target="cpu"):
 
 
 def apply(model, feeds=None, deny=(), target="cpu", **options):
-    """Apply every edit but those denied; return the summaries and the reasons by the output of their node.
-
-    Weights have 7 bits, so that results are the same on processors that add up products in 16 bits.
-    """
+    """Apply every edit but those denied; return the summaries and the reasons by the output of their node."""
     edits, refusals = {}, {}
-    for found in QuantizeStatic(**{"bits": 7, **options}).run(model, context(model, feeds, target)):
+    for found in QuantizeStatic(**options).run(model, context(model, feeds, target)):
         if not isinstance(found, Edit):
             refusals[found.site.output] = found.reason
         elif found.site.output not in deny:
@@ -466,17 +463,15 @@ def test_the_runtime_rounds_biases_of_convolutions(tmp_path):
     assert error(original, model) < 0.06
 
 
-def test_unknown_bits():
-    with pytest.raises(UsageError, match="bits is 4; use 8 or 7"):
-        QuantizeStatic(bits=4)
-
-
-def test_seven_bits_keep_pairs_of_products_within_sixteen():
-    model = build(FUSED["average pool"])
+def test_neighbours_fit_into_sixteen_bits_together():
+    model = build("a = Conv(x, p0) y = Conv(a, p1)")
     apply(model, target="portable")
-    integers = [v.const_value.numpy() for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
-    assert len(integers) == 3
-    assert max(int(np.abs(a.astype(int)).max()) for a in integers) == 64
+    weights = [v.const_value.numpy() for v in model.graph.initializers.values() if v.dtype == ir.DataType.INT8]
+    assert len(weights) == 2
+    for weight in weights:
+        rows = np.moveaxis(weight.astype(int), 1, -1).reshape(len(weight), -1)
+        first, second = rows[:, : rows.shape[1] // 2 * 2 : 2], rows[:, 1::2]
+        assert (np.abs(first) + np.abs(second))[(first > 0) == (second > 0)].max() <= 128
 
 
 def test_max_pool_takes_integers_from_opset_12_on():

@@ -175,7 +175,7 @@ def test_what_is_quantized_behind_it_is_more_accurate(name):
     edits, _ = apply(smoothed)
     assert len(edits) == 1
     for model in (plain, smoothed):
-        apply(model, graph_pass=QuantizeDynamic(bits=7))
+        apply(model, graph_pass=QuantizeDynamic())
     fresh = samples(original, 20)[8:]
     assert deviation(smoothed, original, fresh) < 0.6 * deviation(plain, original, fresh)
 

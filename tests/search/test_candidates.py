@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import onnx_ir as ir
 import pytest
 
@@ -13,7 +11,6 @@ import onnxopt
 from onnxopt.contract import TARGETS, Target
 from onnxopt.registry import entries
 from onnxopt.report.data import Objective
-from onnxopt.search.arithmetic import overflows
 from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
 
 CNN = Path(__file__).parents[2] / "models" / "mnist_cnn_bn.onnx"
@@ -53,9 +50,9 @@ def test_a_convolutional_net_on_the_cpu() -> None:
 
 
 def test_gelu_between_convolutions_is_also_tried_with_integers() -> None:
-    found = propose(Inventory(10**6, 0, 0, 0, gelu=True), "cpu", learning=True, bits=7)
-    assert names(found)[1:3] == ["static int8, 7-bit weights", "static int8, GELU by sigmoid, 7-bit weights"]
-    assert found[2].passes == "approximate-gelu,quantize-static{bits=7},quantize-weights,strip-metadata"
+    found = propose(Inventory(10**6, 0, 0, 0, gelu=True), "cpu", learning=True)
+    assert names(found)[1:3] == ["static int8", "static int8, GELU by sigmoid"]
+    assert found[2].passes == "approximate-gelu,quantize-static,quantize-weights,strip-metadata"
     mixed = names(propose(Inventory(10**6, 10**6, 0, 0, gelu=True), "cpu", learning=True))
     assert [n for n in mixed if "GELU" in n] == ["static and dynamic int8, GELU by sigmoid"]
     assert not any("GELU" in n for n in names(propose(Inventory(0, 10**6, 0, 0, gelu=True), "cpu", learning=True)))
@@ -95,31 +92,6 @@ def test_every_pass_that_is_proposed_exists(target: Target) -> None:
     for proposal in propose(ALL, target, learning=True):
         assert set(proposal.names) <= entries().keys()
         assert proposal.pipeline is not None
-
-
-def test_weights_have_seven_bits_where_sums_of_products_overflow() -> None:
-    found = propose(ALL, "cpu", learning=True, bits=7)
-    assert Proposal("static int8, 7-bit weights", "quantize-static{bits=7},quantize-weights,strip-metadata") in found
-    assert len(found) == len(propose(ALL, "cpu", learning=True))
-    for proposal in found:
-        bits = {
-            getattr(p, "bits", 8) for p in proposal.pipeline.passes if p.name in ("quantize-static", "quantize-dynamic")
-        }
-        assert bits <= {7}
-    assert propose(ALL, "cuda", learning=True, bits=7) == propose(ALL, "cuda", learning=True)
-
-
-@pytest.mark.parametrize(("scale", "expected"), [(1.0, False), (0.5, True)])
-def test_overflow_shows_in_a_product(scale: float, expected: bool) -> None:
-    def evaluate(node: ir.Node, inputs: Sequence[np.ndarray | None], opset: int) -> list[np.ndarray]:
-        a, b = (np.asarray(x, np.int32) for x in inputs)
-        return [(a @ b * scale).astype(np.int32)]
-
-    assert overflows(evaluate) is expected
-
-
-def test_without_the_operator_nothing_overflows() -> None:
-    assert not overflows(lambda node, inputs, opset: None)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 import onnxopt
 from onnxopt.cli import cli
 from onnxopt.metrics import MetricResult
-from onnxopt.search import hunt, lab
+from onnxopt.search import lab
 from onnxopt.search.decision import Record, Speed
 from onnxopt.search.rivals import strongest, unrivalled, verdict
 
@@ -85,7 +85,6 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*models: Any, **options: Any) -> Any:
         return measure(*models, **(options | {"budget_seconds": 0.2, "memory": False}))
 
-    monkeypatch.setattr(hunt, "overflows_here", lambda: False)
     monkeypatch.setattr(importlib.import_module("onnxopt.ground"), "measure_models", short)
     monkeypatch.setattr(lab, "measure", short)
 
