@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from onnxopt.analysis.weights import weights
-from onnxopt.graph import all_nodes, is_op
+from onnxopt.graph import all_nodes, is_op, scopes
 from onnxopt.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -96,8 +96,8 @@ class Proposal:
         return tuple(filter(None, re.sub(r"\{[^}]*\}", "", self.passes).split(",")))
 
 
-KEEP = Proposal("keep fp32", "")
-"""A candidate like any other."""
+KEEP = Proposal("keep as given", "")
+"""A candidate like any other; see `keeping`."""
 
 PRUNED = Proposal("pruned", "", "prune-channels{importance=loss}")
 """What stands for all that prunes where none of it can be made."""
@@ -119,6 +119,14 @@ def pruned(proposal: Proposal, left: float, goal: Goal, objective: Objective) ->
         proposal.passes or end,
         f"prune-channels{{{goal}={left:g},importance=loss}}",
     )
+
+
+def keeping(model: ir.Model) -> str:
+    """Return what keeping a model is called: "keep fp32" where float32 is all that it computes with."""
+    quantizes = any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in all_nodes(model))
+    constants = [v.const_value for scope in scopes(model) for v in scope.graph.initializers.values()]
+    types = {t.dtype.name for t in constants if t is not None and len(t.shape) > 1} - {"INT64", "INT32", "BOOL"}
+    return "keep fp32" if types == {"FLOAT"} and not quantizes else KEEP.name
 
 
 def take_inventory(model: ir.Model) -> Inventory:

@@ -20,7 +20,7 @@ from onnxopt.measure import measure
 from onnxopt.metrics import Evaluator, MetricResult
 from onnxopt.model import model_bytes
 from onnxopt.runtime import RunOptions
-from onnxopt.search.candidates import HELPERS, KEEP, TIDYING, Proposal
+from onnxopt.search.candidates import HELPERS, KEEP, TIDYING, Proposal, keeping
 from onnxopt.search.decision import Limits, Record, Speed
 from onnxopt.search.distance import Distance
 from onnxopt.search.pruner import Pruner, lossy
@@ -159,7 +159,7 @@ class RuntimeLab:
             RuntimeFailure: If it does not run.
         """
         base = self._bench.base
-        record = self.assess(Record(KEEP.name, KEEP.spec, bytes=model_bytes(base), speed=speed), base)
+        record = self.assess(Record(keeping(base), KEEP.spec, bytes=model_bytes(base), speed=speed), base)
         return dataclasses.replace(record, failure="")
 
     def examine(self, proposal: Proposal, spared: Mapping[Site, str]) -> Record:

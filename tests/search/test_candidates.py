@@ -11,7 +11,7 @@ import onnxopt
 from onnxopt.contract import TARGETS, Target
 from onnxopt.registry import entries
 from onnxopt.report.data import Objective
-from onnxopt.search.candidates import KEEP, Inventory, Proposal, propose, take_inventory
+from onnxopt.search.candidates import KEEP, Inventory, Proposal, keeping, propose, take_inventory
 
 CNN = Path(__file__).parents[2] / "models" / "mnist_cnn_bn.onnx"
 ALL = Inventory(10**6, 10**6, 10**6, 10**6)
@@ -36,6 +36,32 @@ def test_a_shared_weight_counts_for_each_kind() -> None:
     assert take_inventory(tied) == Inventory(0, 6, 0, 6)
 
 
+HEADER = '<ir_version: 10, opset_import: ["" : 21]> g (float[1, 2] x) => (float[1, 2] y) <'
+
+
+@pytest.mark.parametrize(
+    ("body", "name"),
+    [
+        ("float[2, 2] w = {1, 2, 3, 4}, int64[1, 2] s = {1, 2}> { z = MatMul(x, w) y = Reshape(z, s) }", "keep fp32"),
+        ("float16[2, 2] h = {1, 2, 3, 4}> { w = Cast<to = 1>(h) y = MatMul(x, w) }", "keep as given"),
+        (
+            "int8[2, 2] q = {1, 2, 3, 4}, float[2, 2] v = {1, 2, 3, 4}, float s = {0.1}>"
+            "{ w = DequantizeLinear(q, s) z = MatMul(x, w) y = MatMul(z, v) }",
+            "keep as given",
+        ),
+        (
+            "float[2, 2] w = {1, 2, 3, 4}, float s = {0.1}>"
+            "{ q = QuantizeLinear(x, s) d = DequantizeLinear(q, s) y = MatMul(d, w) }",
+            "keep as given",
+        ),
+        ("float[1] w = {1}> { y = Add(x, w) }", "keep as given"),
+    ],
+    ids=["float32", "float16 stored", "int8 weights", "QDQ with float weights", "no weights"],
+)
+def test_a_model_is_kept_as_what_it_is(body: str, name: str) -> None:
+    assert keeping(ir.from_onnx_text(HEADER + body)) == name
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_keeping_the_model_is_always_proposed_and_a_model_without_weights_gets_nothing_else(target: str) -> None:
     assert propose(Inventory(0, 0, 0, 0), target, learning=True) == [KEEP]  # type: ignore[arg-type]
@@ -46,7 +72,7 @@ def test_keeping_the_model_is_always_proposed_and_a_model_without_weights_gets_n
 
 def test_a_convolutional_net_on_the_cpu() -> None:
     found = propose(Inventory(10**6, 0, 0, 0), "cpu", learning=True)
-    assert names(found) == ["keep fp32", "static int8", "8-bit weights", "16-bit weights"]
+    assert names(found) == ["keep as given", "static int8", "8-bit weights", "16-bit weights"]
 
 
 def test_gelu_between_convolutions_is_also_tried_with_integers() -> None:

@@ -117,7 +117,7 @@ def test_the_fastest_within_the_budget_wins_and_only_contenders_are_measured_pre
     found = search(desk)
     assert found.winner.record.name == "fast"
     assert [c for c in desk.calls if c.startswith("measure")] == ["measure fast", "measure near"]
-    assert statuses(found) == {"fast": "winner", "keep fp32": "kept", "near": "kept", "slow": "kept"}
+    assert statuses(found) == {"fast": "winner", "keep as given": "kept", "near": "kept", "slow": "kept"}
 
 
 def test_a_candidate_that_fails_is_reported_and_not_fatal() -> None:
@@ -129,9 +129,9 @@ def test_a_candidate_that_fails_is_reported_and_not_fatal() -> None:
 
 def test_when_everything_misses_the_budget_the_model_is_kept() -> None:
     found = search(Desk({"a": Figures(0.4, (0.5,)), "b": Figures(0.3, (0.2,))}))
-    assert found.winner.record.name == "keep fp32"
+    assert found.winner.record.name == "keep as given"
     first = report(found).candidates[0]
-    assert (first.name, first.status) == ("keep fp32", "winner")
+    assert (first.name, first.status) == ("keep as given", "winner")
     assert first.reason == "no lossy candidate that is not slower is within the budget"
     assert statuses(found)["a"] == statuses(found)["b"] == "over budget"
 
@@ -158,7 +158,7 @@ def test_the_search_for_layers_ends_in_time() -> None:
     desk = Desk({"static": Figures(0.4, tuple(0.01 + 0.0001 * i for i in range(16)))})
     ticks = iter(range(0, 10**6, 30))
     running = Search(desk, LIMITS, "latency", State(None, ""), Labelled(Silent()), clock=lambda: next(ticks))
-    assert running.run(proposals(desk), KEPT).winner.record.name == "keep fp32"
+    assert running.run(proposals(desk), KEPT).winner.record.name == "keep as given"
     assert len([c for c in desk.calls if c.startswith("distance")]) <= 5
 
 
@@ -205,7 +205,7 @@ def test_the_choice_falls_on_one_that_was_timed_anew_and_each_is_once() -> None:
 
 def test_what_keeps_the_model_is_not_timed_anew() -> None:
     found, timed = confirmed(Desk({"a": Figures(0.97)}), {})
-    assert (found.winner.record.name, timed) == ("keep fp32", [])
+    assert (found.winner.record.name, timed) == ("keep as given", [])
 
 
 @pytest.mark.parametrize("interrupt_at", [1, 2, 3, 6, 10])
