@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -160,6 +160,35 @@ class ObserveBoth(Protocol):
         """
 
 
+class ShowBeside(Protocol):
+    """Shows values of one model after the other beside those of a reference."""
+
+    def __call__(self, changed: ir.Model, observers: Sequence[JointObserver], samples: Collection[int]) -> None:
+        """Run some samples through a model, and through the reference where its values are not known any more.
+
+        Args:
+            changed: It is not changed.
+            observers: Who looks at which values; of the reference, at some of those named when it was given.
+            samples: Numbers of calibration samples, counted from 0; shown in their order in the data.
+
+        Raises:
+            ValueError: If a main graph computes no value of a name.
+            RuntimeFailure: If a model does not run.
+        """
+
+
+class ObserveBeside(Protocol):
+    """Runs many models on the calibration data and shows their values beside those of one reference."""
+
+    def __call__(self, reference: ir.Model, names: Sequence[str]) -> ShowBeside:
+        """Prepare to run the reference, once for each sample as far as its values fit into bounded memory.
+
+        Args:
+            reference: It is not changed, and must not change as long as models are shown.
+            names: Values of its main graph (inputs or nodes' outputs) that will be looked at.
+        """
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stop:
     """Where two models that are run part by part are looked at.
@@ -201,6 +230,7 @@ class Calibration:
     Attributes:
         observe: Runs the model on the data.
         observe_both: Runs two models on the data, in step.
+        observe_beside: The same for many models and one reference, which is run once.
         walk_both: The same, part by part, where the second model changes on the way.
         samples: How many samples there are.
         real: Whether they are the user's own; otherwise they were generated, and the user insisted.
@@ -208,6 +238,7 @@ class Calibration:
 
     observe: Observe
     observe_both: ObserveBoth
+    observe_beside: ObserveBeside
     walk_both: WalkBoth
     samples: int
     real: bool

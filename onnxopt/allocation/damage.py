@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from onnxopt.allocation.consumers import Seen, observe, outlets
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.contract import Context
+from onnxopt.contract import Context, ShowBeside
 from onnxopt.coupling.analysis import Coupling, Group
 from onnxopt.coupling.importance import Scores
 from onnxopt.coupling.partition import Ints
@@ -76,33 +76,34 @@ def curves(
     found = outlets(model, coupling)
     outputs = [v.name or "" for v in model.graph.outputs if coupling.shapes.dtype(v) in FLOATS]
     removal = Removal(model, coupling)
+    error_of = _Errors(ctx.calibration.observe_beside(model, outputs), outputs, ctx.calibration.samples)
     for seen in observe(model, coupling.groups, found, ctx.calibration, ctx.seed):
         group = seen.group
         if not seen.problems:
-            yield _by_scores(seen, scores(group), least(group), removal, outputs, ctx)
+            yield _by_scores(seen, scores(group), least(group), removal, error_of)
             continue
         consumers = [problem.consumer for problem in seen.problems]
         order = eliminate(consumers, group.units, least(group), group.units // 2)
-        yield Curve(group, order.units, order.lost * _reaching(model, seen, order, outputs, ctx))
+        yield Curve(group, order.units, order.lost * _reaching(model, seen, order, error_of))
 
 
-def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, outputs: Sequence[str], ctx: Context) -> Curve:
+def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, error_of: _Errors) -> Curve:
     group = seen.group
     order = np.argsort(scores, kind="stable")[: max(0, group.units - least)]
     lost = np.concatenate([[0.0], np.cumsum(scores[order]) / max(float(scores.sum()), 1e-30)])
     half = min(len(order), group.units // 2)
     error = 0.0
-    if half and lost[half] > NOTHING and outputs:
-        error = _error(removal.model, removal.without(group.roots[order[:half]]), outputs, ctx)
+    if half and lost[half] > NOTHING and error_of.outputs:
+        error = error_of(removal.without(group.roots[order[:half]]))
     if error <= STILL:  # a branch that no sample runs is not worth nothing
         return Curve(group, order, lost, seen.unread, measured=False)
     return Curve(group, order, lost * _share(error, float(lost[half])), seen.unread)
 
 
-def _reaching(model: ir.Model, seen: Seen, order: Order, outputs: Sequence[str], ctx: Context) -> float:
+def _reaching(model: ir.Model, seen: Seen, order: Order, error_of: _Errors) -> float:
     """Return the square error of the outputs by that of the layers behind a group."""
     lost = float(order.lost[order.halfway])
-    if lost <= NOTHING or not outputs:
+    if lost <= NOTHING or not error_of.outputs:
         return 1.0
     trial = copied(model)
     nodes = {node.outputs[0].name: node for node in trial.graph if node.outputs}
@@ -111,14 +112,26 @@ def _reaching(model: ir.Model, seen: Seen, order: Order, outputs: Sequence[str],
         layer = read(nodes[outlet.layer.output.name], scope, shapes)
         assert isinstance(layer, Layer), "it was read in the original"
         layer.replace(problem.change(outlet, weight), names)
-    return _share(_error(model, trial, outputs, ctx), lost)
+    return _share(error_of(trial), lost)
 
 
-def _error(model: ir.Model, trial: ir.Model, outputs: Sequence[str], ctx: Context) -> float:
-    observer = OutputError(outputs)
-    assert ctx.calibration is not None, "the caller looked"
-    ctx.calibration.observe_both(model, trial, [observer], most=TRIAL_SAMPLES)
-    return observer.error
+class _Errors:
+    """Measures how far the outputs of changed models are from the original's.
+
+    Attributes:
+        outputs: Their names.
+    """
+
+    def __init__(self, show: ShowBeside, outputs: Sequence[str], samples: int) -> None:
+        """Take what shows outputs beside the original's, their names, and how many samples there are."""
+        self.outputs = tuple(outputs)
+        self._show, self._samples = show, range(min(samples, TRIAL_SAMPLES))
+
+    def __call__(self, changed: ir.Model) -> float:
+        """Return the error of a model."""
+        observer = OutputError(self.outputs)
+        self._show(changed, [observer], self._samples)
+        return observer.error
 
 
 def _share(error: float, lost: float) -> float:

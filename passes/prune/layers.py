@@ -9,17 +9,21 @@ from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxopt.allocation.blocks import Contest, leave_out
 from onnxopt.analysis.blocks import Block, residual_blocks
 from onnxopt.analysis.flops import count
 from onnxopt.analysis.inspect import summary_stats
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
-from onnxopt.graph import bodies, constant_tensor, copied, is_op, remove_unused, replace_value
+from onnxopt.graph import bodies, constant_tensor, copied, is_op
 from onnxopt.removed import Change, Damage, Removed, Width
 from onnxopt.repair.fit import repair
-from onnxopt.repair.outputs import FLOATS, OutputError
+from onnxopt.repair.outputs import FLOATS
 from onnxopt.repair.targets import targets
+
+NOT_FINITE = "outputs of the original, or those without it, hold NaN or infinity on calibration samples"
+"""Why it is not known what a block is worth."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,13 +32,14 @@ class PruneLayers(GraphPass):
 
     Any stretch that carries its input around its layers qualifies: a bottleneck of a ResNet, the attention or the
     feed-forward half of a transformer layer. Each is left out on trial, and the model run on calibration samples: how
-    similar a block's output is to its input says little about what it is worth. The one with the smallest error of
-    the model's outputs goes first; the others are tried again without it. Behind every removal the layers that are
-    left are fitted to what they computed in the original, by least squares and without labels.
+    similar a block's output is to its input says little about what it is worth. All are tried on a few samples, and
+    those that do best there on all of them. The one with the smallest error of the model's outputs goes first; the
+    others are tried again without it. Behind every removal the layers that are left are fitted to what they computed
+    in the original, by least squares and without labels.
 
     Attributes:
         count: How many blocks to leave out.
-        samples: Calibration samples that a trial runs on.
+        samples: Calibration samples that a trial of the best runs on; others stop at a quarter of them, or at 8.
         repair: Whether to fit the layers that are left.
     """
 
@@ -63,21 +68,32 @@ class PruneLayers(GraphPass):
             return NEEDS_DATA
         if not residual_blocks(model, ctx.shapes):
             return "it has no residual block that could be left out"
+        if not any(ctx.shapes.dtype(v) in FLOATS for v in model.graph.outputs):
+            return "no output holds floating-point numbers, which trials could be compared by"
         return None
 
     def run(self, model: ir.Model, ctx: Context) -> Iterator[Edit | Refusal]:
         """Yield the removal of a block, then the repair of the layers that are left, as often as asked."""
+        assert ctx.calibration is not None, "skip_reason looked"
         original = copied(model)
+        outputs = [v.name or "" for v in model.graph.outputs if ctx.shapes.dtype(v) in FLOATS]
+        show = ctx.calibration.observe_beside(original, outputs)
+        samples = min(self.samples, ctx.calibration.samples)
         stands_for: dict[str, str] = {}
         left = self.count
         while left:
             # A removal changes what is known about shapes nowhere but for names.
             ctx = dataclasses.replace(ctx, shapes=Shapes(model))
-            trials = sorted(self._trials(original, model, ctx), key=lambda trial: trial.error)
+            contest = Contest(model, residual_blocks(model, ctx.shapes), outputs, show, samples)
             removed = False
-            for trial in trials:
+            for block, error in contest.ranked():
+                site = Site(self.name, "", block.end.name or "")
+                if not math.isfinite(error):
+                    yield Refusal(site, NOT_FINITE)
+                    continue
+                trial = _Trial(block, error)
                 edit = _Removal(trial, model, stands_for)
-                yield Edit(trial.site, trial.summary, edit, _removed(trial, model, ctx.shapes))
+                yield Edit(site, trial.summary, edit, _removed(trial, model, ctx.shapes))
                 removed = edit.done
                 if removed:
                     break
@@ -86,23 +102,13 @@ class PruneLayers(GraphPass):
             left -= 1
             if self.repair:
                 ctx = dataclasses.replace(ctx, shapes=Shapes(model))
-                behind = _behind(model, trial.block.start.name or "")
+                behind = _behind(model, block.start.name or "")
                 wanted = [
                     target
                     for target in targets(model, ctx.shapes, stands_for=stands_for)
-                    if target.layer in behind or (target.through or target.layer) == trial.block.start.name
+                    if target.layer in behind or (target.through or target.layer) == block.start.name
                 ]
                 yield from repair(self.name, original, model, wanted, ctx)
-
-    def _trials(self, original: ir.Model, model: ir.Model, ctx: Context) -> Iterator[_Trial]:
-        assert ctx.calibration is not None, "skip_reason looked"
-        for block in residual_blocks(model, ctx.shapes):
-            trial = copied(model)
-            _leave_out(trial, block.start.name or "", block.end.name or "")
-            outputs = OutputError([v.name or "" for v in model.graph.outputs if ctx.shapes.dtype(v) in FLOATS])
-            ctx.calibration.observe_both(original, trial, [outputs], most=self.samples)
-            if math.isfinite(outputs.error):
-                yield _Trial(block, outputs.error, Site(self.name, "", block.end.name or ""))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -112,12 +118,10 @@ class _Trial:
     Attributes:
         block: The block.
         error: Error of the model's outputs then.
-        site: Where it is.
     """
 
     block: Block
     error: float
-    site: Site
 
     @property
     def summary(self) -> str:
@@ -141,25 +145,24 @@ class _Removal:
 
     def __init__(self, trial: _Trial, model: ir.Model, stands_for: dict[str, str]) -> None:
         """Take down what is known when it is done in `stands_for`: which value plays which part of the original."""
-        self._start, self._end = trial.block.start.name or "", trial.block.end.name or ""
-        self._model, self._stands_for = model, stands_for
+        self._block, self._model, self._stands_for = trial.block, model, stands_for
         self.done = False
 
     def __call__(self) -> None:
         """Leave it out."""
-        _leave_out(self._model, self._start, self._end)
-        self._stands_for[self._start] = self._stands_for.get(self._end, self._end)
+        start, end = self._block.start.name or "", self._block.end.name or ""
+        leave_out(self._model, self._block)
+        self._stands_for[start] = self._stands_for.get(end, end)
         self.done = True
 
 
 def _removed(trial: _Trial, model: ir.Model, shapes: Shapes) -> Removed:
     """Return what goes with a block."""
     shorter = copied(model)
-    start, end = trial.block.start.name or "", trial.block.end.name or ""
-    _leave_out(shorter, start, end)
+    leave_out(shorter, trial.block)
     sizes = [(summary_stats(each).parameters, count(each).macs) for each in (model, shorter)]
     return Removed(
-        name=f"{start} to {end}",
+        name=f"{trial.block.start.name} to {trial.block.end.name}",
         unit="residual block",
         units=Change(1, 0),
         widths=tuple(_widths(trial.block, shapes)),
@@ -187,13 +190,3 @@ def _behind(model: ir.Model, name: str) -> set[str | None]:
         if any(v is not None and v.name in found for v in node.inputs) or any(bodies(node)):
             found.update(v.name for v in node.outputs)
     return found - {name}
-
-
-def _leave_out(model: ir.Model, start: str, end: str) -> None:
-    """Let the value called `start` take the place of the one called `end`."""
-    values = {v.name: v for node in model.graph for v in node.outputs}
-    old, new = values[end], values[start]
-    producer = old.producer()
-    assert producer is not None, "nodes compute it"
-    replace_value(old, new)
-    remove_unused(producer)

@@ -9,8 +9,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxopt.calibrate import collector
+from onnxopt.calibrate import beside, collector
 from onnxopt.calibrate.collector import calibration
+from onnxopt.calibrate.watched import Watched, only
 
 MODEL = """
 <ir_version: 8, opset_import: ["": 17]>
@@ -112,7 +113,7 @@ g (float[N, 2] x, bool c) => (float[N, 2] y) {
     model = ir.from_proto(proto)
 
     def left(*names: str) -> tuple[list[str], set[str]]:
-        made = collector._only(model, names)
+        made = only(model, names)
         return [n.op_type for n in made.graph], set(made.graph.initializers)
 
     assert left("b") == (["Neg", "Mul"], {"two"})
@@ -127,3 +128,53 @@ def test_unknown_values_of_either_model_are_named() -> None:
     for pair in (Pairs(("nowhere",), ("x",)), Pairs(("x",), ("nowhere",))):
         with pytest.raises(ValueError, match='computes no value "nowhere"'):
             found.observe_both(model, model, [pair])
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Notes which values were computed, run by run."""
+    noted: list[list[str]] = []
+    values = Watched.values
+
+    def noting(self: Watched, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        noted.append(self.names)
+        return values(self, feed)
+
+    monkeypatch.setattr(Watched, "values", noting)
+    return noted
+
+
+def changed(op_type: str) -> ir.Model:
+    return ir.from_onnx_text(MODEL.replace("Neg", op_type))
+
+
+def test_many_models_are_shown_beside_one_reference_which_runs_once(runs: list[list[str]]) -> None:
+    show = calibration(feeds(4), real=True).observe_beside(ir.from_onnx_text(MODEL), ["a"])
+    for op_type, factor in (("Identity", 1), ("Abs", 1), ("Neg", -1)):
+        pairs = Pairs(("a",), ("b",))
+        show(changed(op_type), [pairs], range(1, 3))
+        for i, ((a,), (b,)) in zip((1, 2), pairs.seen, strict=True):
+            np.testing.assert_array_equal(a, np.full((1, 2), -i))
+            np.testing.assert_allclose(b, np.full((1, 2), np.exp(factor * i)), rtol=1e-5)
+    assert runs.count(["a"]) == 2
+    assert runs.count(["b"]) == 6
+
+
+def test_samples_that_were_not_asked_for_are_not_run(runs: list[list[str]]) -> None:
+    show = calibration(feeds(8), real=True).observe_beside(ir.from_onnx_text(MODEL), ["a"])
+    first, second = Pairs(("a",), ("a",)), Pairs(("a",), ("a",))
+    show(changed("Neg"), [first], (5, 2))
+    show(changed("Neg"), [second], (2, 3, 5))
+    assert [-int(before[0].max()) for before, _ in first.seen] == [2, 5]
+    assert [-int(before[0].max()) for before, _ in second.seen] == [2, 3, 5]
+    assert len(runs) == 3 + 5  # of the reference 2, 5 and then 3; of the others all
+
+
+def test_of_the_reference_only_so_much_is_kept(runs: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beside, "KEPT_BYTES", 20)  # two samples of 8 bytes
+    show = calibration(feeds(4), real=True).observe_beside(ir.from_onnx_text(MODEL), ["a"])
+    for _ in range(3):
+        pairs = Pairs(("a",), ("b",))
+        show(changed("Identity"), [pairs], range(4))
+        assert [-int(before[0].max()) for before, _ in pairs.seen] == [0, 1, 2, 3]
+    assert runs.count(["a"]) == 2 + 3 * 2

@@ -8,12 +8,16 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
+from onnxopt.allocation.blocks import Contest, leave_out
+from onnxopt.analysis.blocks import residual_blocks
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
+from onnxopt.calibrate.watched import Watched
 from onnxopt.cli import cli
-from onnxopt.contract import NEEDS_DATA, Context, Edit
+from onnxopt.contract import NEEDS_DATA, Context, Edit, Refusal
 from onnxopt.errors import UsageError
-from onnxopt.passes.prune.layers import PruneLayers
+from onnxopt.graph import copied
+from onnxopt.passes.prune.layers import NOT_FINITE, PruneLayers
 from onnxopt.removed import Change, Width
 from onnxopt.repair.outputs import OutputError
 from onnxopt.runtime import RunOptions, open_session
@@ -130,6 +134,51 @@ def test_outputs_are_compared_by_their_power() -> None:
     assert not np.isfinite(observer.error)
 
 
+def test_most_blocks_are_tried_on_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+    values = Watched.values
+
+    def noting(self: Watched, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        shown.append("original" if self is original else "trial")
+        return values(self, feed)
+
+    model = ir.from_proto(network())
+    ctx = context(model, FEEDS)
+    assert ctx.calibration is not None
+    show = ctx.calibration.observe_beside(model, ["y"])
+    original = show._reference  # type: ignore[attr-defined]
+    monkeypatch.setattr(Watched, "values", noting)
+    blocks = residual_blocks(model, ctx.shapes)
+    ranking = Contest(model, blocks, ["y"], show, 32).ranked()
+    first, error = next(ranking)
+    assert first.end.name == "a2"
+    # All on 8 samples, the best quarter, which is one of four, on the other 24; the original once for each.
+    assert (shown.count("original"), shown.count("trial")) == (32, BLOCKS * 8 + 24)
+    whole = OutputError(["y"])
+    trial = copied(model)
+    leave_out(trial, first)
+    show(trial, [whole], range(32))
+    assert error == pytest.approx(whole.error)
+    del shown[:]
+    second, _ = next(ranking)
+    assert second.end.name == "a4"
+    assert shown == ["trial"] * 24  # tried on the others when it is its turn
+
+
+def test_a_block_that_cannot_be_judged_stays() -> None:
+    proto = network((1.0, 1.0))
+    for tensor in proto.graph.initializer:
+        if tensor.name == "first":
+            tensor.CopyFrom(onnx.numpy_helper.from_array(np.full((SIZE, SIZE), np.nan, np.float32), "first"))
+    model = ir.from_proto(proto)
+    found = list(PruneLayers(repair=False).run(model, context(model, FEEDS)))
+    assert [(item.site.output, item.reason) for item in found if isinstance(item, Refusal)] == [
+        ("a1", NOT_FINITE),
+        ("a2", NOT_FINITE),
+    ]
+    assert not any(isinstance(item, Edit) for item in found)
+
+
 def test_it_says_why_it_does_not_apply() -> None:
     model = ir.from_proto(network())
     assert PruneLayers().skip_reason(model, context(model, None)) == NEEDS_DATA
@@ -137,6 +186,12 @@ def test_it_says_why_it_does_not_apply() -> None:
     straight = ir.from_proto(network(()))
     reason = PruneLayers().skip_reason(straight, context(straight, FEEDS))
     assert reason == "it has no residual block that could be left out"
+    chosen = network()
+    chosen.graph.node.append(onnx.helper.make_node("ArgMax", ["y"], ["best"]))
+    chosen.graph.output[0].CopyFrom(onnx.helper.make_tensor_value_info("best", onnx.TensorProto.INT64, [1, 5]))
+    no_floats = ir.from_proto(onnx.shape_inference.infer_shapes(chosen))
+    reason = PruneLayers().skip_reason(no_floats, context(no_floats, FEEDS))
+    assert reason == "no output holds floating-point numbers, which trials could be compared by"
 
 
 @pytest.mark.parametrize("options", [{"count": 0}, {"samples": 0}])
