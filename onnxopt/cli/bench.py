@@ -73,6 +73,9 @@ def _comparison(found: Measurement, console: Console) -> None:
     console.print()
     rows(list(summary.time_rows(found)), console, titles=("A", "B"))
     console.print()
+    note = summary.ratio_note(found)
+    if note:
+        console.print(Text(f"Latencies are medians of all runs; {note}.", style="dim"))
     _footer(found, console)
 
 

@@ -16,6 +16,9 @@ from onnxopt.report import removals, words
 ELSEWHERE = 5
 """Nodes named that do not run on the chosen provider."""
 
+NEAR = 0.02
+"""A ratio this near to that of the two latencies needs no word."""
+
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import PassReport
@@ -326,7 +329,16 @@ def shown_outputs(verification: Verification, limit: int) -> tuple[list[OutputDe
 def placed(measurement: Measurement) -> str:
     """Return how the latency was measured and which provider ran how many nodes, in a sentence."""
     rounds, where = words.count(measurement.rounds, "round"), placement(measurement)
-    return f"Latency: median of {rounds}, original and result in turn" + (f"; ran {where}" if where else "")
+    parts = [f"Latency: median of {rounds}, original and result in turn", ratio_note(measurement)]
+    return "; ".join(filter(None, (*parts, f"ran {where}" if where else "")))
+
+
+def ratio_note(measurement: Measurement) -> str:
+    """Say what the ratio is of, where it is visibly not that of the two latencies shown; empty elsewhere."""
+    quotient = measurement.candidate_ms / measurement.baseline_ms
+    if abs(quotient / measurement.ratio - 1) < NEAR:
+        return ""
+    return "the ratio is the median of the rounds' ratios, each of its fastest runs, which noise disturbs least"
 
 
 def placement(measurement: Measurement | Latency) -> str:
