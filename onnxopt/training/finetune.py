@@ -71,8 +71,9 @@ def finetune(
     if examples.labels is None:
         raise DataError("There are no labels; give them with labels, or as the key labels of the .npz.")
     with computing(how.device, how.threads):
-        interpreter = interpreted(source, examples, how, "this model")
+        # labels before the interpreter, whose comparison with the runtime takes long on large models
         goal = objective(source, examples.labels, _output_shape(source, examples, how), label_smoothing)
+        interpreter = interpreted(source, examples, how, "this model")
         is_share = goal.task == "classification"
 
         def right(feed: Feed, truth: np.ndarray | None, output: np.ndarray) -> np.ndarray:

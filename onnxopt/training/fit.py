@@ -110,19 +110,13 @@ class _State:
         safetensors.write(path, arrays, text)
 
     def load(self, path: Path, key: str) -> None:
-        """Go on from a checkpoint.
+        """Go on from a checkpoint of this run.
 
         Raises:
             UsageError: If it belongs to another run.
             DataError: If it cannot be read.
         """
-        arrays, text = safetensors.read(path)
-        if text.get("run") != key:
-            raise UsageError(
-                f"The checkpoint {path} belongs to a run with another model, data or options; name another file or "
-                "remove it.",
-                "checkpoint",
-            )
+        arrays, text = _own(path, key)
         try:
             self.best_values = {n: _like(arrays[f"best/{n}"], value) for n, value in self.best_values.items()}
             for name, buffer in self.normalizing.buffers.items():
@@ -140,6 +134,29 @@ class _State:
             self.best = int(text["best"])
         except (KeyError, ValueError, TypeError) as error:
             raise DataError(f"The checkpoint {path} is damaged: {error}.") from error
+
+
+def require_own(path: Path, key: str) -> None:
+    """See that a checkpoint, if there is one, is of this run.
+
+    Raises:
+        UsageError: If it belongs to another run.
+        DataError: If it cannot be read.
+    """
+    if path.exists():
+        _own(path, key)
+
+
+def _own(path: Path, key: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Return the arrays and strings of a checkpoint of this run."""
+    arrays, text = safetensors.read(path)
+    if text.get("run") != key:
+        raise UsageError(
+            f"The checkpoint {path} belongs to a run with another model, data or options; name another file or "
+            "remove it.",
+            "checkpoint",
+        )
+    return arrays, text
 
 
 def _like(array: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:

@@ -56,8 +56,11 @@ def objective(model: ir.Model, labels: np.ndarray, shape: tuple[int, ...], smoot
     if labels.dtype.kind in "iub" and _class_axis(shape, labels.shape) is not None:
         axis = _class_axis(shape, labels.shape)
         assert axis is not None
-        least, most = int(labels.min()), int(labels.max())
-        if most >= shape[axis] or (least < 0 and least != IGNORED):
+        counted = labels[labels != IGNORED]
+        if not counted.size:
+            raise DataError(f"All labels are {IGNORED}, which stands for what does not count.")
+        least, most = int(counted.min()), int(counted.max())
+        if most >= shape[axis] or least < 0:
             raise DataError(
                 f'Labels reach from {least} to {most}, but the output "{name}" scores {shape[axis]} classes, '
                 f"0 to {shape[axis] - 1}."
@@ -66,10 +69,12 @@ def objective(model: ir.Model, labels: np.ndarray, shape: tuple[int, ...], smoot
         return Objective("classification", name, computed, _cross_entropy(axis, smoothing, is_logarithm), _hits(axis))
     one = labels.shape[1:] == shape[1:-1] and shape[-1] == 1
     if labels.dtype.kind == "f" and (one or labels.shape[1:] == shape[1:]):
+        if not np.isfinite(labels).all():
+            raise DataError("The targets hold NaN or infinity, which nothing can be trained towards.")
         return Objective("regression", name, name, _squared, _squared_errors)
     raise DataError(
         f'Labels of type {labels.dtype} and shape {list(labels.shape)} do not fit the output "{name}" of shape '
-        f"{list(shape)}: give one class number per sample, or floating-point targets of the output's shape."
+        f"{list(shape)}: give a class per sample as an integer, or floating-point targets of the output's shape."
     )
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from onnxopt.errors import NothingDoneError
 from onnxopt.feeds import Feed
 from onnxopt.runtime import RunOptions
 from onnxopt.training.examples import Examples, folds, split
-from onnxopt.training.fit import Fit, fit
+from onnxopt.training.fit import Fit, fit, require_own
 from onnxopt.training.forward import agreement, require_agreement
 from onnxopt.training.interpreter import Interpreter
 from onnxopt.training.normalizing import Normalizing, normalizing
@@ -92,6 +93,7 @@ def teach(interpreter: Interpreter, lesson: Lesson, examples: Examples, settings
     learning, judging = split(examples, 0 if settings.judging_folds else settings.validation, settings.recipe.seed)
     trained, unreached = _reached(interpreter, _chosen(model, settings), examples.feeds[0], lesson.aim.values)
     key = _fingerprint(trained, examples, settings, lesson.key)
+    _require_own_checkpoints(settings, key)
     before, after = None, None
     if settings.judging_folds:
         before, after = _by_folds(model, list(trained), lesson, examples, settings, key)
@@ -138,6 +140,29 @@ def _fitted(
     return found, normalized
 
 
+def _fold_key(key: str, number: int) -> str:
+    return f"{key}/{number}"
+
+
+def _fold_checkpoint(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.stem}.fold{number}{path.suffix}")
+
+
+def _require_own_checkpoints(settings: Settings, key: str) -> None:
+    """See that all checkpoints which are there belong to this run, before hours go into the first of them.
+
+    Raises:
+        UsageError: If one belongs to another run.
+        DataError: If one cannot be read.
+    """
+    path = settings.checkpoint
+    if path is None:
+        return
+    require_own(path, key)
+    for number in range(1, settings.judging_folds + 1):
+        require_own(_fold_checkpoint(path, number), _fold_key(key, number))
+
+
 def _by_folds(
     model: ir.Model, names: Sequence[str], lesson: Lesson, examples: Examples, settings: Settings, key: str
 ) -> tuple[Score, Score]:
@@ -151,9 +176,8 @@ def _by_folds(
         parameters = find_parameters(model)
         trained = {name: trainable(parameters[name]) for name in names}
         path = settings.checkpoint
-        own = None if path is None else path.with_name(f"{path.stem}.fold{number}{path.suffix}")
-        how = dataclasses.replace(settings, checkpoint=own)
-        found, _ = _fitted(model, trained, lesson, outside, None, how, f"{key}/{number}")
+        how = dataclasses.replace(settings, checkpoint=None if path is None else _fold_checkpoint(path, number))
+        found, _ = _fitted(model, trained, lesson, outside, None, how, _fold_key(key, number))
         result = with_parameters(model, found.values)
         each[inside] = _judged(result, lesson, examples.select(inside), settings.options)
     return _scored(_judged(model, lesson, examples, settings.options), lesson), _scored(each, lesson)

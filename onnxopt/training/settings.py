@@ -8,6 +8,7 @@ from pathlib import Path
 
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import UsageError
+from onnxopt.model import check_output
 from onnxopt.registry import nearest
 from onnxopt.runtime import RunOptions
 from onnxopt.training.augment import Augmentation
@@ -62,6 +63,8 @@ class Settings:
         if self.threads < 1:
             raise UsageError(f"threads must be at least 1, not {self.threads}.", "threads")
         require_device(self.device)
+        if self.checkpoint is not None:
+            check_output(self.checkpoint)
 
     @property
     def options(self) -> RunOptions:

@@ -15,7 +15,7 @@ import onnxopt
 from onnxopt import model as models
 from onnxopt import runtime
 from onnxopt.contract import Silent
-from onnxopt.errors import DataError, NothingDoneError, UsageError, VerificationError
+from onnxopt.errors import DataError, NothingDoneError, OutputError, UsageError, VerificationError
 from onnxopt.training import forward
 from onnxopt.training.examples import folds, load_examples
 from onnxopt.training.finetune import finetune
@@ -271,8 +271,13 @@ def refusals() -> list[Any]:
     y = np.arange(6) % 3
     return [
         ({"x": x}, y + 1, {}, DataError, "Labels reach from 1 to 3, but the output .y. scores 3 classes, 0 to 2"),
+        ({"x": x}, np.where(y == 0, -100, y - 2), {}, DataError, "Labels reach from -1 to 0"),
+        ({"x": x}, np.full(6, -100), {}, DataError, "All labels are -100"),
         ({"x": x}, y[:4], {}, DataError, "There are 6 samples and 4 labels"),
         ({"x": x}, np.zeros((6, 7)), {}, DataError, "do not fit the output"),
+        ({"x": x}, y.astype(float), {}, DataError, "give a class per sample as an integer"),
+        ({"x": x}, np.array(list("abcabc")), {}, DataError, "Labels of type <U1"),
+        ({"x": x}, np.full((6, 3), np.nan), {}, DataError, "The targets hold NaN or infinity"),
         ({"x": x}, None, {}, DataError, "There are no labels"),
         ({"z": x}, y, {}, DataError, 'The model has no input "z"'),
         ({"x": x[:, :3]}, y, {}, DataError, 'The input "x" has the shape'),
@@ -355,6 +360,40 @@ def test_folds_that_were_interrupted_go_on(network: onnx.ModelProto, blobs: Blob
     rest = finetune(network, *blobs, **options, checkpoint=tmp_path / "run.safetensors")
     assert rest.after == whole.after
     assert all(np.array_equal(w, weights(whole.model)[name]) for name, w in weights(rest.model).items())
+
+
+@pytest.mark.parametrize("labels", [np.arange(6), np.zeros((6, 2)), np.full((6, 3), np.inf)])
+def test_labels_are_looked_at_before_the_comparison_with_the_runtime(
+    network: onnx.ModelProto, labels: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes long on a large model."""
+    monkeypatch.setattr("onnxopt.training.run.Interpreter", None)
+    with pytest.raises(DataError, match="Labels|targets"):
+        finetune(network, {"x": np.zeros((6, 4), np.float32)}, labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("absent/run.safetensors", "there is no folder"),
+        ("", "is a folder"),
+        ("other.safetensors", "belongs to a run with another model, data or options"),
+        ("model.onnx", "is no safetensors file"),
+        ("run.safetensors", r"fold2\.safetensors belongs to a run"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_refused_before_the_first_step(
+    network: onnx.ModelProto, blobs: Blobs, tmp_path: Path, name: str, message: str
+) -> None:
+    """With folds, the checkpoint of the last training is read and written after all others."""
+    for other in ("other.safetensors", "run.fold2.safetensors"):
+        finetune(network, *blobs, epochs=1, learning_rate=0.02, validation=0, checkpoint=tmp_path / other)
+    onnx.save(network, tmp_path / "model.onnx")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    options: dict[str, Any] = {"judging_folds": 2, "progress": Interrupts("")}
+    with pytest.raises((DataError, OutputError, UsageError), match=message):
+        finetune(network, *blobs, **options, checkpoint=tmp_path / name)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_folds_keep_the_shares_of_classes_and_hold_each_sample_once(network: onnx.ModelProto, blobs: Blobs) -> None:
