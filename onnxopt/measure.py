@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from onnxopt import feeds as feeding
 from onnxopt import model as models
+from onnxopt.compare.narrowing import narrowed
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import DataError
 from onnxopt.feeds import Feed
@@ -173,7 +174,7 @@ def measure(
     before, after = models.load(baseline), models.load(candidate)
     _require_same_inputs(before, after, _called(baseline, "the baseline"), _called(candidate, "the candidate"))
     if feed is None:
-        feed = _generated(before, options, seed, shape)
+        feed = _generated(narrowed(before, after).reference, options, seed, shape)
     duel = _Duel(before, after, feed, options, seed)
     duel.run(budget_seconds, precision, progress)
     if not memory:

@@ -23,6 +23,7 @@ from onnxopt import feeds as feeding
 from onnxopt import model as models
 from onnxopt.compare import structure, ties
 from onnxopt.compare.deviation import difference, differing, extent, nbytes
+from onnxopt.compare.narrowing import narrowed
 from onnxopt.compare.tally import OutputDeviation, Tally
 from onnxopt.compare.tolerance import Rounding, roundings
 from onnxopt.compare.yardstick import Mode, Original, Outputs, Ruler, make_ruler
@@ -97,6 +98,8 @@ def verify(
 ) -> Verification:
     """Verify one model against another.
 
+    Axes of inputs that only one of them leaves open are fixed as the other has them, which a note then says.
+
     Args:
         reference: The model as it should be: a path, an ONNX proto or an `onnx_ir` model.
         candidate: The model to judge.
@@ -120,11 +123,13 @@ def verify(
         guarantee = Guarantee.EXACT if max_error is None else Guarantee.APPROXIMATE
     if guarantee is not Guarantee.APPROXIMATE and max_error is not None:
         raise UsageError("max_error applies to lossy results alone: leave it out, or judge as approximate.")
-    original, result = models.load(reference), models.load(candidate)
+    pair = narrowed(models.load(reference), models.load(candidate))
+    original = pair.reference
     if feeds is None:
         with open_session(original, options, optimized=True) as session:
             feeds = feeding.generate_runnable(original, session.run, seed=seed, shape=shape)
-    return Verifier(original, feeds, options).check(result, guarantee, max_error)
+    found = Verifier(original, feeds, options).check(pair.candidate, guarantee, max_error)
+    return dataclasses.replace(found, notes=(pair.note, *found.notes)) if pair.note else found
 
 
 class Verifier:

@@ -40,9 +40,11 @@ Examples:
 def command(a: str, b: str | None, seconds: float, as_json: bool, **running: Any) -> None:
     """Time model A in ONNX Runtime, or compare B with it: in turns, with a confidence interval of the ratio."""
     from onnxopt.cli.running import feeds_of, options_of
+    from onnxopt.compare.narrowing import narrowed
     from onnxopt.measure import Measurement, bench, measure
+    from onnxopt.model import load
 
-    feeds = feeds_of(a, running)
+    feeds = feeds_of(load(a) if b is None else narrowed(load(a), load(b)).reference, running)
     with drawing() as progress:
         settings = {
             "feed": None if feeds is None else next(iter(feeds)),

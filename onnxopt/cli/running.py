@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
+
     from onnxopt.feeds import Data
     from onnxopt.runtime import RunOptions
 
@@ -21,14 +23,13 @@ def options_of(running: Mapping[str, Any]) -> RunOptions:
     return run_options(running["provider"], running["threads"], running["custom_ops"], running["allow_fallback"])
 
 
-def feeds_of(model: str, running: Mapping[str, Any]) -> Data | None:
+def feeds_of(model: ir.Model, running: Mapping[str, Any]) -> Data | None:
     """Return the user's data for a model; None when inputs are to be generated."""
     if running["data"] is None:
         return None
     from onnxopt.feeds import load_data
-    from onnxopt.model import load
 
-    return load_data(running["data"], load(model))
+    return load_data(running["data"], model)
 
 
 def source_of(running: Mapping[str, Any], sets: int) -> str:

@@ -76,7 +76,7 @@ def command(
     optimized, quantized or retrained. Without --output nothing is written: the report shows what would be.
     """
     from onnxopt.cli.files import destination
-    from onnxopt.cli.running import feeds_of, options_of
+    from onnxopt.cli.running import options_of
     from onnxopt.textfile import write_text
     from onnxopt.transfer.run import transfer
 
@@ -91,7 +91,7 @@ def command(
             kind=settings["kind"],
             only=settings["only"],
             freeze=settings["freeze"],
-            data=feeds_of(src, settings),
+            data=settings["data"],
             seed=settings["seed"],
             shape=settings["shape"],
             verify=settings["verify"],

@@ -38,16 +38,22 @@ Exit codes: 0 verified; 1 the outputs or the interface differ; 2 usage or unread
 @options.json_option()
 @click.option("--verbose", "-v", is_flag=True, help="List every output.")
 def command(a: str, b: str, max_error: float | None, as_json: bool, verbose: bool, **running: Any) -> None:
-    """Verify that model B computes what model A computes: the same interface, then the outputs in ONNX Runtime."""
+    """Verify that model B computes what model A computes: the same interface, then the outputs in ONNX Runtime.
+
+    Where only one of them leaves an axis of an input open, both are compared with the size that the other has.
+    """
     from onnxopt.cli.running import feeds_of, options_of, source_of
+    from onnxopt.compare.narrowing import narrowed
+    from onnxopt.model import load
     from onnxopt.verify import verify
 
     with drawing() as progress:
         progress.stage("verifying")
+        pair = narrowed(load(a), load(b))
         found = verify(
             a,
             b,
-            feeds=feeds_of(a, running),
+            feeds=feeds_of(pair.reference, running),
             options=options_of(running),
             seed=running["seed"],
             shape=running["shape"],
@@ -58,12 +64,13 @@ def command(a: str, b: str, max_error: float | None, as_json: bool, verbose: boo
 
         click.echo(dump(plain(found)), nl=False)
     else:
-        show(lambda console: _render(found, source_of(running, found.feeds), console, verbose=verbose))
+        limits = " for the shapes that both take" if pair.note else ""
+        show(lambda console: _render(found, limits, source_of(running, found.feeds), console, verbose=verbose))
     if not found.ok:
         click.get_current_context().exit(VerificationError.exit_code)
 
 
-def _render(found: Verification, source: str, console: Console, *, verbose: bool) -> None:
+def _render(found: Verification, limits: str, source: str, console: Console, *, verbose: bool) -> None:
     from rich.text import Text
 
     from onnxopt.report.terminal import outputs
@@ -71,7 +78,7 @@ def _render(found: Verification, source: str, console: Console, *, verbose: bool
 
     if found.ok:
         how = found.extent if found.worst == 0 else f"worst deviation {deviation(found.worst)} of the output's range"
-        console.print(Text(f"Verified: {how}.", style="bold green"))
+        console.print(Text(f"Verified{limits}: {how}.", style="bold green"))
     else:
         console.print(Text(f"Differs: {sentence(found.reason)}", style="bold red"))
     if found.outputs:

@@ -136,6 +136,19 @@ def test_verify_on_given_data(invoke: Invoke, model: Path, doubled: Path, tmp_pa
     assert "zeros.npz" in done.stdout
 
 
+def test_verify_a_model_and_its_form_with_fixed_axes(invoke: Invoke, model: Path, tmp_path: Path) -> None:
+    """Samples are taken in the size that both take."""
+    fixed = tmp_path / "fixed.onnx"
+    invoke("optimize", model, "--fix-shape", "batch=2", "--no-measure", "-o", fixed)
+    np.savez(tmp_path / "samples.npz", x=np.ones((6, 64), np.float32))
+    for given in ([], ["--data", tmp_path / "samples.npz"]):
+        done = invoke("verify", model, fixed, *given)
+        assert done.exit_code == 0, done.output
+        assert done.stdout.startswith("Verified for the shapes that both take: ")
+        assert 'the input "x" of the first is [batch, 64] and was fixed to [2, 64].' in flat(done.stdout)
+        assert invoke("bench", model, fixed, "--seconds", "0.05", *given).exit_code == 0
+
+
 def test_verify_models_of_different_interface(invoke: Invoke, model: Path, model_proto: onnx.ModelProto) -> None:
     model_proto.graph.output[0].name = "other"
     model_proto.graph.node[1].output[0] = "other"
