@@ -24,6 +24,13 @@ TITLES = ("group", "width", "params", "mult-adds", "expected", "measured")
 SPARED = (3, 4)
 """Columns that are left out first where there is no room for all."""
 
+HOPEFUL = 2.0
+"""Outputs that deviate by more than so many times what was expected are worth a word."""
+
+_HOPEFUL = (
+    "That was too hopeful: with few samples to learn from, or many groups that work on each other's losses, outputs "
+    "deviate by more than is expected; more samples help with the first."
+)
 _EXPECTED = {
     "outputs": "how far the outputs deviate, with the layers behind making up for it where they can be read",
     "weights": "the part of the group's weights that is lost, by squared norm",
@@ -112,15 +119,33 @@ class Table:
         losses = [damage.share**2 for damage in predicted if damage is not None and damage.of == "outputs"]
         if len(losses) < len(predicted):
             return f"{found}their power."
-        return f"{found}their power; expected of these groups together: {words.share(math.sqrt(sum(losses)))}."
+        expected = math.sqrt(sum(losses))
+        told = f"{found}their power; expected of these groups together: {words.share(expected)}."
+        return told if sum(lost) / len(lost) <= HOPEFUL * expected else f"{told} {_HOPEFUL}"
 
     @property
     def legend(self) -> list[str]:
         """What the last two columns show, in sentences."""
         expected = _meanings([line.removed.predicted for line in self.lines], _EXPECTED)
         measured = _meanings([line.removed.measured or line.removed.unrepaired for line in self.lines], _MEASURED)
-        told = (("Expected", expected), ("Measured", measured))
+        told = (("Expected", expected), ("Measured", measured), ("Measured", self._unmeasured))
         return [f"{title}: {text}." for title, text in told if text]
+
+    @property
+    def _unmeasured(self) -> str:
+        """Why groups have no measured damage; empty where all have."""
+        missing = [line.removed.measured is None and line.removed.unrepaired is None for line in self.lines]
+        if not any(missing):
+            return ""
+        if not all(missing):
+            return "- where no layer behind the group could be fitted"
+        if self.spec.startswith("merge-channels"):
+            return (
+                "-, because merge-channels fits no layers behind, and it is when they are fitted that they are measured"
+            )
+        if "repair=False" in self.spec:
+            return "-, because without repair no layers are fitted, and it is then that they are measured"
+        return "-, because layers behind are measured when they are fitted, which needs data and layers that can be"
 
     def largest(self, count: int) -> list[Line]:
         """Return the groups that save most parameters, in their order."""

@@ -7,9 +7,10 @@ import pytest
 
 from onnxopt.contract import AppliedEdit, PassReport, Site
 from onnxopt.passes.prune.channels import PruneChannels
+from onnxopt.passes.prune.merge_channels import MergeChannels
 from onnxopt.passes.prune.prune_weights import PruneWeights
 from onnxopt.pipeline import spec
-from onnxopt.removed import Change, Removed
+from onnxopt.removed import Change, Damage, Removed
 from onnxopt.report.data import Reached, Report
 from onnxopt.report.removals import reached, tables
 from onnxopt.report.summary import notes
@@ -80,3 +81,27 @@ def test_of_a_pass_that_found_nothing_to_remove_it_is_said_that_all_is_left(remo
     )
     assert told[0] == expected
     assert notes(removals)[0].startswith("Zeros alone")
+
+
+@pytest.mark.parametrize(
+    ("graph_pass", "why"),
+    [
+        (MergeChannels(), "-, because merge-channels fits no layers behind"),
+        (PruneChannels(repair=False), "-, because without repair no layers are fitted"),
+        (PruneChannels(), "-, because layers behind are measured when they are fitted, which needs data"),
+    ],
+)
+def test_it_is_said_why_nothing_was_measured(group: Removed, graph_pass: Any, why: str) -> None:
+    plain = dataclasses.replace(group, measured=None, unrepaired=None)
+    (table,) = tables([report_of(graph_pass, plain, plain)])
+    assert [line.cells[-1] for line in table.lines] == ["-", "-"]
+    assert table.legend[-1].startswith(f"Measured: {why}")
+
+
+def test_it_is_said_of_some_groups_why_they_were_not_measured(group: Removed) -> None:
+    seen = dataclasses.replace(group, measured=Damage(0.1, "layers"))
+    plain = dataclasses.replace(group, measured=None, unrepaired=None)
+    (table,) = tables([report_of(PruneChannels(), seen, plain)])
+    assert table.legend[-1] == "Measured: - where no layer behind the group could be fitted."
+    (whole,) = tables([report_of(PruneChannels(), seen, seen)])
+    assert not any("Measured: -" in text for text in whole.legend)

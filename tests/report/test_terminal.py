@@ -317,5 +317,14 @@ def test_what_was_expected_of_all_groups_stands_beside_how_far_the_result_is_off
     )
 
 
+def test_it_is_said_when_what_was_expected_was_too_hopeful(removals: Report, make: Make) -> None:
+    done = removals.passes[-1]
+    edit = dataclasses.replace(done.applied[0], removed=_expecting(done.applied[0].removed, 0.02))
+    for lost, told in ((0.0401, True), (0.04, False), (0.001, False)):
+        output = dataclasses.replace(removals.verification.outputs[0], lost=lost)
+        text = to_text(make(passes=(dataclasses.replace(done, applied=(edit,)),), verification={"outputs": (output,)}))
+        assert ("expected of these groups together: 2.0%. That was too hopeful: " in flat(text)) is told
+
+
 def _expecting(removed: Any, share: float) -> Any:
     return dataclasses.replace(removed, predicted=Damage(share, "outputs"))
