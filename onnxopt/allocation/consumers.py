@@ -18,8 +18,8 @@ from onnxopt.coupling.builder import Sink, label
 from onnxopt.coupling.partition import Ints
 from onnxopt.graph import Scope, is_op, scopes
 from onnxopt.numeric.elimination import Consumer
-from onnxopt.numeric.gram import Gram
-from onnxopt.numeric.least_squares import PORTION, Change
+from onnxopt.numeric.least_squares import Change
+from onnxopt.numeric.products import Products
 from onnxopt.repair.layers import Layer, read
 
 Array = npt.NDArray[Any]
@@ -33,6 +33,16 @@ LEAST_ROWS, ROWS = 4096, 8
 NO_LAYER = "not a linear layer with a constant weight and a computed input"
 SEEN = 2
 """Positions per input that must have been seen before inputs are fitted to one another freely."""
+HOLD_BACK = 4
+"""One of so many samples is held back, to see what is lost on data that nothing was fitted to."""
+SPOILT = "a weight behind it holds NaN or infinity"
+TOO_FEW = "infinite values, or too few samples to hold some back, were seen of it"
+
+
+def held_back(samples: int) -> range:
+    """Return the numbers of the samples that are held back, of so many; none where there is a single one."""
+    every = max(2, min(HOLD_BACK, samples))
+    return range(every - 1, samples, every)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,7 +147,12 @@ def _outlet(sink: Sink, layer: Layer | str, units: Ints, group: Group) -> Outlet
 
 
 class Inputs:
-    """Observes the products of the channels of a value at some of its positions. An `onnxopt.contract.Observer`."""
+    """Observes the products of the channels of a value at some of its positions. An `onnxopt.contract.Observer`.
+
+    Attributes:
+        learnt: The products in most samples.
+        held: The same in those held back.
+    """
 
     def __init__(self, size: int, axis: int, samples: int, seed: int) -> None:
         """Start from nothing.
@@ -148,8 +163,8 @@ class Inputs:
             samples: How many arrays there will be.
             seed: Seeds which positions are looked at.
         """
-        self._gram = Gram(size, dtype=np.float64)
-        self._waiting: list[Array] = []
+        self.learnt, self.held = Products(size), Products(size)
+        self._held_back, self._seen = frozenset(held_back(samples)), 0
         self._axis = axis
         self._rows = math.ceil(max(LEAST_ROWS, ROWS * size) / max(1, samples))
         self._rng = np.random.default_rng(seed)
@@ -159,21 +174,8 @@ class Inputs:
         rows = np.moveaxis(array, self._axis, -1).reshape(-1, array.shape[self._axis])
         if len(rows) > self._rows:
             rows = rows[self._rng.permutation(len(rows))[: self._rows]]
-        self._waiting.append(np.array(rows, np.float32))
-        # With few rows, adding up large matrices takes longer than multiplying.
-        if sum(map(len, self._waiting)) >= PORTION:
-            self._add_waiting()
-
-    @property
-    def gram(self) -> Gram:
-        """The products."""
-        self._add_waiting()
-        return self._gram
-
-    def _add_waiting(self) -> None:
-        if self._waiting:
-            self._gram.add(np.concatenate(self._waiting))
-            self._waiting = []
+        (self.held if self._seen in self._held_back else self.learnt).add(rows)
+        self._seen += 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -211,24 +213,23 @@ class Problem:
     aligned: bool
 
     @classmethod
-    def of(cls, outlet: Outlet, gram: Gram) -> Problem:
-        """Make the problem of a layer from the products of its inputs."""
+    def of(cls, outlet: Outlet, learnt: Products, held: Products) -> Problem:
+        """Make the problem of a layer from the products of its inputs, in most samples and in those held back."""
         layer, channels = outlet.layer, len(outlet.units)
-        blocks = [slice(group * channels, (group + 1) * channels) for group in range(layer.groups)]
-        means = np.stack([gram.mean[b] for b in blocks])
-        products = np.stack([gram.total[b, b] for b in blocks]) / gram.count
-        if layer.takes_bias:
-            products = products - means[:, :, None] * means[:, None, :]
+        means = learnt.mean.reshape(layer.groups, channels)
+        about = means if layer.takes_bias else np.zeros_like(means)
+        covariance, apart = learnt.about(about), held.about(about)
         weight: Array = layer.weight().reshape(layer.groups, layer.outputs, channels, -1)
         weight = np.moveaxis(weight, -1, 2).reshape(layer.groups, -1, channels)
         places = outlet.places
-        aligned = gram.count < SEEN * channels and places.shape[1] > 1 and (outlet.units >= 0).all()
+        aligned = learnt.count < SEEN * channels and places.shape[1] > 1 and (outlet.units >= 0).all()
         units = outlet.units
         if aligned:
-            products = products[:, places[:, None, :], places[None, :, :]].mean(axis=-1)
+            rows, columns = places[:, None, :], places[None, :, :]
+            covariance, apart = (products[:, rows, columns].mean(axis=-1) for products in (covariance, apart))
             weight = np.moveaxis(weight[:, :, places], -1, 2).reshape(layer.groups, -1, len(places))
             units = np.arange(len(places))
-        return cls(Consumer(products, weight, units), means, bool(aligned))
+        return cls(Consumer(covariance, apart, weight, units), means, bool(aligned))
 
     def change(self, outlet: Outlet, weight: Array) -> Change:
         """Return what to add to a layer so that it has the weight of its problem, and the same mean output."""
@@ -264,7 +265,7 @@ def observe(
     sizes: dict[tuple[str, int], int] = {}
     for group in groups:
         own = {outlet.place: outlet.size for outlet in _known(found[group.name])}
-        if sizes and sum(8 * size**2 for size in (sizes | own).values()) > MOMENT_BYTES:
+        if sizes and sum(16 * size**2 for size in (sizes | own).values()) > MOMENT_BYTES:
             yield from _seen(model, portion, sizes, found, calibration, seed)
             portion, sizes = [], {}
         portion.append(group)
@@ -288,13 +289,15 @@ def _seen(
         calibration.observe(model, named)
     for group in portion:
         own, unread = _known(found[group.name]), found[group.name]
-        grams = [observers[outlet.place].gram for outlet in own]
+        pairs = [(o.learnt, o.held) for o in (observers[outlet.place] for outlet in own)]
         if isinstance(unread, str):
             yield Seen(group, (), (), unread)
-        elif not all(gram.usable for gram in grams):
-            yield Seen(group, (), (), "infinite or too few values were seen of it")
+        elif not all(products.usable for pair in pairs for products in pair):
+            yield Seen(group, (), (), TOO_FEW)
         else:
-            yield Seen(group, own, tuple(Problem.of(o, g) for o, g in zip(own, grams, strict=True)))
+            problems = tuple(Problem.of(o, *pair) for o, pair in zip(own, pairs, strict=True))
+            spoilt = not all(np.isfinite(problem.consumer.weight).all() for problem in problems)
+            yield Seen(group, (), (), SPOILT) if spoilt else Seen(group, own, problems)
 
 
 def _known(found: tuple[Outlet, ...] | str) -> tuple[Outlet, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxopt.allocation.consumers import Seen, observe, outlets
+from onnxopt.allocation.consumers import Seen, held_back, observe, outlets
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, ShowBeside
 from onnxopt.coupling.analysis import Coupling, Group
@@ -31,6 +31,44 @@ NOTHING = 1e-12
 """A loss that is rounding."""
 STILL = 1e-6
 """Outputs that move by so little do not move."""
+NOT_FINITE = "with half of them gone and the layers behind fitted, outputs hold NaN or infinity"
+"""Why a group is judged by scores although the layers behind it can be read."""
+BREAKS = "without half of them outputs hold NaN or infinity"
+"""Why all units of a group stay."""
+
+
+def unjudged(model: ir.Model, ctx: Context) -> str:
+    """Return why what a model's outputs lose cannot be told; empty when it can.
+
+    Args:
+        model: The model.
+        ctx: With data.
+    """
+    assert ctx.calibration is not None, "the pass looked"
+    finite = _Finite([v.name or "" for v in model.graph.outputs if ctx.shapes.dtype(v) in FLOATS])
+    ctx.calibration.observe_both(model, model, [finite], most=TRIAL_SAMPLES)
+    if finite.found:
+        return ""
+    kind = "your" if ctx.calibration.real else "generated"
+    return f"on {kind} samples outputs of the original hold NaN or infinity, so that what they lose cannot be told"
+
+
+class _Finite:
+    """Observes whether outputs are finite. An `onnxopt.contract.JointObserver`.
+
+    Attributes:
+        reference: The outputs.
+        changed: Nothing of the second model.
+        found: Whether all were so far.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.reference, self.changed = tuple(names), ()
+        self.found = True
+
+    def add(self, reference: Sequence[np.ndarray], changed: Sequence[np.ndarray]) -> None:
+        """Take in the outputs for a sample."""
+        self.found = self.found and all(np.isfinite(array).all() for array in reference)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,9 +77,10 @@ class Curve:
 
     Attributes:
         group: The group.
-        order: Its units in the order in which they go.
+        order: Its units in the order in which they go; none where outputs would hold NaN or infinity.
         lost: (len(order) + 1,) the square error of the model's outputs by their power, when so many are gone.
-        unread: Why the layers behind it could not be read: it is then judged by scores; empty otherwise.
+        unread: Why the layers behind it could not be read, so that it is judged by scores, or why all of its units
+            stay; empty otherwise.
         measured: Whether what is lost is of the outputs; it is of the scores where no data reach the group.
     """
 
@@ -61,9 +100,10 @@ def curves(
 ) -> Iterator[Curve]:
     """Yield the curve of each group.
 
-    The loss of the layers behind a group is known in closed form for any number of units. How much of it reaches the
-    outputs is measured once for each group, with half of its units gone and the layers behind it fitted. Where layers
-    cannot be read, the sums of scores take the place of the closed form, and nothing is fitted.
+    The loss of the layers behind a group follows from products of their inputs for any number of units. How much of it
+    reaches the outputs is measured once for each group, with half of its units gone and the layers behind it fitted.
+    Both are seen on samples that the layers were not fitted to. Where layers cannot be read, or what they lose is no
+    finite number, sums of scores take their place, and nothing is fitted.
 
     Args:
         model: The model that was analysed; it is not changed.
@@ -84,7 +124,12 @@ def curves(
             continue
         consumers = [problem.consumer for problem in seen.problems]
         order = eliminate(consumers, group.units, least(group), group.units // 2)
-        yield Curve(group, order.units, order.lost * _reaching(model, seen, order, error_of))
+        lost = order.lost * _reaching(model, seen, order, error_of)
+        if np.isfinite(lost).all():
+            yield Curve(group, order.units, lost)
+        else:
+            unread = dataclasses.replace(seen, unread=NOT_FINITE)
+            yield _by_scores(unread, scores(group), least(group), removal, error_of)
 
 
 def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, error_of: _Errors) -> Curve:
@@ -94,10 +139,12 @@ def _by_scores(seen: Seen, scores: Scores, least: int, removal: Removal, error_o
     half = min(len(order), group.units // 2)
     error = 0.0
     if half and lost[half] > NOTHING and error_of.outputs:
-        error = error_of(removal.without(group.roots[order[:half]]))
+        error = error_of(removal.without(group.roots[order[:half]]), error_of.first)
+    if not math.isfinite(error):
+        return Curve(group, order[:0], lost[:1], BREAKS, measured=False)
     if error <= STILL:  # a branch that no sample runs is not worth nothing
         return Curve(group, order, lost, seen.unread, measured=False)
-    return Curve(group, order, lost * _share(error, float(lost[half])), seen.unread)
+    return Curve(group, order, lost * (error**2 / float(lost[half])), seen.unread)
 
 
 def _reaching(model: ir.Model, seen: Seen, order: Order, error_of: _Errors) -> float:
@@ -112,7 +159,7 @@ def _reaching(model: ir.Model, seen: Seen, order: Order, error_of: _Errors) -> f
         layer = read(nodes[outlet.layer.output.name], scope, shapes)
         assert isinstance(layer, Layer), "it was read in the original"
         layer.replace(problem.change(outlet, weight), names)
-    return _share(error_of(trial), lost)
+    return error_of(trial, error_of.held) ** 2 / lost
 
 
 class _Errors:
@@ -120,19 +167,17 @@ class _Errors:
 
     Attributes:
         outputs: Their names.
+        held: Numbers of samples that nothing was fitted to.
+        first: Numbers of any samples.
     """
 
     def __init__(self, show: ShowBeside, outputs: Sequence[str], samples: int) -> None:
         """Take what shows outputs beside the original's, their names, and how many samples there are."""
-        self.outputs = tuple(outputs)
-        self._show, self._samples = show, range(min(samples, TRIAL_SAMPLES))
+        self.outputs, self._show = tuple(outputs), show
+        self.held, self.first = held_back(samples)[:TRIAL_SAMPLES], range(samples)[:TRIAL_SAMPLES]
 
-    def __call__(self, changed: ir.Model) -> float:
+    def __call__(self, changed: ir.Model, samples: range) -> float:
         """Return the error of a model."""
         observer = OutputError(self.outputs)
-        self._show(changed, [observer], self._samples)
+        self._show(changed, [observer], samples)
         return observer.error
-
-
-def _share(error: float, lost: float) -> float:
-    return error**2 / lost if math.isfinite(error) else 1.0

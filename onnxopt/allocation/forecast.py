@@ -9,6 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from onnxopt.allocation.damage import unjudged
 from onnxopt.allocation.plan import Allocation, Share
 from onnxopt.contract import Context
 from onnxopt.coupling.analysis import Group, analyse
@@ -36,8 +37,8 @@ def forecast(
 ) -> tuple[Level, ...]:
     """Return what pruning by `importance=loss` is expected to do to the outputs, for each part that can be reached.
 
-    The losses of all groups are added up. Measured after repair, on samples that nothing was learnt from, outputs moved
-    by 0.4 to 0.9 times as much on a small network.
+    The losses of all groups are added up. Measured after repair, on samples that nothing was learnt from, outputs of a
+    small network moved by 0.8 to 1.1 times as much with 200 samples, and by 1.2 to 2.5 times as much with 50.
 
     Args:
         model: The model; it is not changed.
@@ -50,7 +51,7 @@ def forecast(
         A level for each part that can be reached, the mildest first.
     """
     coupling = analyse(model, ctx.shapes)
-    if not coupling.groups:
+    if not coupling.groups or unjudged(model, ctx):
         return ()
     allocation = Allocation(model, coupling, ctx, widths, magnitude)
     reach = allocation.for_products if goal == "latency" else allocation.for_elements

@@ -32,12 +32,14 @@ class Share:
         loss: The square error of the model's outputs by their power that is expected of it; None when not known.
         unread: Why its loss after repair could not be worked out; empty where it was.
         importance: The part of the importance of its units that goes; None when not known.
+        stays: Why nothing of it may go; empty where something may.
     """
 
     gone: Ints
     loss: float | None = None
     unread: str = ""
     importance: Damage | None = None
+    stays: str = ""
 
     @property
     def predicted(self) -> Damage | None:
@@ -78,7 +80,10 @@ class Allocation:
         least = {group.name: min(widths(group), default=group.units) for group in coupling.groups}
         found = {c.group.name: c for c in curves(model, coupling, ctx, lambda g: least[g.name], scores)}
         self._curves: list[Curve] = [found[group.name] for group in coupling.groups]
-        self._choices = [np.array(sorted(g.units - width for width in widths(g)), np.int64) for g in coupling.groups]
+        self._choices = [
+            np.array(sorted(g.units - w for w in widths(g) if g.units - w <= len(curve.order)), np.int64)
+            for g, curve in zip(coupling.groups, self._curves, strict=True)
+        ]
 
     def for_ratio(self, ratio: float) -> dict[str, Share] | None:
         """Return the share of each group so that this part of all channels goes, or None where not so many may."""
@@ -140,7 +145,10 @@ class Allocation:
     def _shares(self, gone: Array) -> dict[str, Share]:
         return {
             curve.group.name: Share(
-                np.sort(curve.order[:count]), float(curve.lost[count]) if curve.measured else None, curve.unread
+                np.sort(curve.order[:count]),
+                float(curve.lost[count]) if curve.measured else None,
+                curve.unread,
+                stays="" if len(curve.order) else curve.unread,
             )
             for curve, count in zip(self._curves, gone.tolist(), strict=True)
         }

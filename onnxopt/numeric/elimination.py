@@ -4,6 +4,9 @@ A layer computes W x. When the inputs in a set S are gone and the weights of the
 square error of its outputs is tr(W_S ([C^-1]_SS)^-1 W_S^T), where C is the covariance of x, and what is left has the
 inverse C^-1 without the part that S explains. (Hassibi and Stork, "Optimal Brain Surgeon", 1992; for whole structures:
 Kurtic et al., "ZipLM", 2023.) Always the units go for which this is smallest.
+
+That is the error on the samples that C was learnt from, to which the weights were fitted: with fewer samples than
+inputs nothing seems to be lost. What is reported is therefore the error of these weights on other samples.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ DAMPING = 1e-3
 STEPS = 128
 """Units go one by one where there are no more of them, and otherwise several at a time."""
 
+JUDGED = 32
+"""The error on other samples is worked out so often, and between these counts of units taken to grow evenly."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Consumer:
@@ -30,18 +36,21 @@ class Consumer:
 
     Attributes:
         covariance: Of its inputs, (groups, inputs, inputs).
+        held: The same of samples held back, (groups, inputs, inputs): mean products of how far inputs are off the mean
+            that the covariance is about.
         weight: (groups, outputs, inputs).
         units: (inputs,) the unit of each input; -1 for an input that stays. Each unit has equally many inputs.
     """
 
     covariance: Array
+    held: Array
     weight: Array
     units: Array
 
     @property
     def spread(self) -> float:
-        """Variance of its outputs, summed up."""
-        return float(np.einsum("goi,gij,goj->", self.weight, self.covariance, self.weight, optimize=True))
+        """Mean square deviation of its outputs on the samples held back, summed up."""
+        return _power(self.weight, self.held)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,8 +59,8 @@ class Order:
 
     Attributes:
         units: In the order in which they go.
-        lost: (len(units) + 1,) the square error of the consumers' outputs when so many are gone, each as a part of
-            their variance, summed over consumers. Never falls.
+        lost: (len(units) + 1,) the square error of the consumers' outputs when so many are gone, on samples held back,
+            each as a part of their variance there, summed over consumers. Never falls.
         weights: For each consumer its weight when `halfway` units are gone, with zeros for what is gone.
         halfway: How many that is.
     """
@@ -83,15 +92,22 @@ def eliminate(consumers: Sequence[Consumer], units: int, least: int, halfway: in
         if len(order) < halfway:
             number = min(number, halfway - len(order))
         chosen = np.sort(np.argsort(scores, kind="stable")[:number])
-        total = sum(state.remove(chosen) for state in states)
+        for state in states:
+            state.remove(chosen)
         order += left[chosen[np.argsort(scores[chosen], kind="stable")]].tolist()
         left = np.delete(left, chosen)
-        counts.append(len(order))
-        lost.append(lost[-1] + max(total, 0.0))
+        due = len(order) - counts[-1] >= units / JUDGED
+        if due or len(order) == halfway or len(left) <= least:
+            counts.append(len(order))
+            lost.append(max(lost[-1], sum(state.lost() for state in states)))
         if len(order) <= halfway:
             taken, weights = len(order), tuple(state.weight() for state in states)
     damage = np.interp(np.arange(len(order) + 1), counts, lost)
     return Order(np.array(order, np.int64), damage, weights, taken)
+
+
+def _power(weight: Array, products: Array) -> float:
+    return float(np.einsum("goi,goi->", weight @ products, weight))
 
 
 class _State:
@@ -105,8 +121,7 @@ class _State:
         covariance[:, range(size), range(size)] = variance + np.where(mean > 0, DAMPING * mean, 1.0)
         self._inverse: Array = np.linalg.inv(covariance)
         self._weight = np.array(consumer.weight, np.float64)
-        self._spread = max(consumer.spread, 1e-30)
-        self._shape = self._weight.shape
+        self._consumer, self._spread = consumer, max(consumer.spread, 1e-30)
         self._inputs = np.arange(size)
         # (units, inputs of a unit): where they are among what is left
         self._places = np.stack([np.flatnonzero(consumer.units == unit) for unit in range(units)])
@@ -121,21 +136,12 @@ class _State:
         total: Array = np.trace(found, axis1=2, axis2=3).sum(axis=0) / self._spread
         return np.where(np.isfinite(total), total, np.inf)
 
-    def remove(self, chosen: Array) -> float:
-        """Take out units that are left, by their places, and return the relative square error."""
+    def remove(self, chosen: Array) -> None:
+        """Take out units that are left, by their places."""
         gone = self._places[chosen].reshape(-1)
         stays = np.delete(np.arange(len(self._inputs)), gone)
         weight = self._weight[:, :, gone]
         explained = np.linalg.solve(self._inverse[:, gone[:, None], gone], self._inverse[:, gone, :])
-        lost = float(
-            np.einsum(
-                "goi,gij,goj->",
-                weight,
-                np.linalg.inv(self._inverse[:, gone[:, None], gone]),
-                weight,
-                optimize=True,
-            )
-        )
         self._weight = self._weight[:, :, stays] - weight @ explained[:, :, stays]
         inverse = self._inverse[:, stays[:, None], stays]
         inverse -= self._inverse[:, stays[:, None], gone] @ explained[:, :, stays]
@@ -144,10 +150,13 @@ class _State:
         shift = np.cumsum(np.isin(np.arange(len(stays) + len(gone)), gone))
         places = np.delete(self._places, chosen, axis=0)
         self._places = places - shift[places]
-        return lost / self._spread
+
+    def lost(self) -> float:
+        """Return the relative square error on the samples held back."""
+        return _power(self.weight() - self._consumer.weight, self._consumer.held) / self._spread
 
     def weight(self) -> Array:
         """Return the weight as it is, with zeros for what is gone."""
-        whole = np.zeros(self._shape)
+        whole = np.zeros(self._consumer.weight.shape)
         whole[:, :, self._inputs] = self._weight
         return whole

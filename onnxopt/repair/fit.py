@@ -265,6 +265,8 @@ class Residuals:
             return Unfitted("its activations were too few, or held NaN or infinity")
         x, r = (np.concatenate(parts) for parts in zip(*self._held, strict=True))
         before, spread = _power(r), len(r) * self._goal.of_a_row
+        if not math.isfinite(before):
+            return Unfitted("its activations held NaN or infinity")
         error = math.sqrt(before / spread)
         if before <= NOTHING * spread:
             return Unfitted("it computes what it did", error)

@@ -33,6 +33,10 @@ class OutputError:
 
     @property
     def error(self) -> float:
-        """Root of the lost part of the power, averaged over the outputs; NaN or infinity when an output was."""
+        """Root of the lost part of the power, averaged over the outputs; NaN or infinity when an output was.
+
+        Where an output was all zero and is not any more, all of it counts as lost.
+        """
         with np.errstate(invalid="ignore", divide="ignore"):
-            return float(np.sqrt(self._lost / np.maximum(self._power, np.finfo(np.float64).tiny)).mean())
+            shares = np.where(self._power == 0, np.sign(self._lost), self._lost / self._power)
+            return float(np.sqrt(shares).mean())

@@ -9,6 +9,7 @@ from typing import ClassVar, Literal
 
 import onnx_ir as ir
 
+from onnxopt.allocation.damage import unjudged
 from onnxopt.allocation.plan import Allocation, Share
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.coupling.activity import activation, observe
@@ -135,7 +136,7 @@ class PruneChannels(GraphPass):
             site, gone = Site(self.name, paths[group.makers[0].graph], group.name), shares[group.name].gone
             keep = group.units - len(gone)
             if not len(gone):
-                yield Refusal(site, self._untouched(group))
+                yield Refusal(site, self._untouched(group, shares[group.name]))
                 continue
             yield Edit(
                 site,
@@ -162,8 +163,10 @@ class PruneChannels(GraphPass):
         """Return how many units of a group stay."""
         return kept(group, ratio, self.multiple, self.min_channels)
 
-    def _untouched(self, group: Group) -> str:
+    def _untouched(self, group: Group, share: Share) -> str:
         """Say why nothing of a group goes."""
+        if share.stays:
+            return f"its {group.noun} stay: {share.stays}"
         if self.importance == "loss" and widths(group, self.multiple, self.min_channels):
             return "its channels are worth more than those of other layers"
         return f"its {group.units} {group.noun} are too few to remove any"
@@ -171,6 +174,9 @@ class PruneChannels(GraphPass):
     def _shares(self, model: ir.Model, coupling: Coupling, ctx: Context) -> Mapping[str, Share] | Refusal:
         """Return what goes of each group, by its name, or why the goal cannot be reached."""
         site = Site(self.name, "", model.graph.name or "")
+        reason = unjudged(model, ctx) if self.importance == "loss" else ""
+        if reason:
+            return Refusal(site, reason)
         judge = self._judge(model, coupling, ctx)
         choose = self._allocated if self.importance == "loss" else self._uniform
         found = choose(model, coupling, ctx, judge)

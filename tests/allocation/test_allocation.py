@@ -12,10 +12,11 @@ import onnx_ir as ir
 import pytest
 
 from onnxopt import manager
-from onnxopt.allocation import costs
-from onnxopt.allocation.consumers import observe, outlets
+from onnxopt.allocation import consumers, costs
+from onnxopt.allocation.consumers import SPOILT, TOO_FEW, held_back, observe, outlets
 from onnxopt.allocation.costs import Costs, Term
-from onnxopt.allocation.damage import curves
+from onnxopt.allocation.damage import BREAKS, NOT_FINITE, curves
+from onnxopt.allocation.forecast import forecast
 from onnxopt.allocation.greedy import path
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
@@ -26,6 +27,7 @@ from onnxopt.coupling.importance import magnitude
 from onnxopt.model import load
 from onnxopt.passes.prune.channels import PruneChannels
 from onnxopt.pipeline import Pipeline
+from onnxopt.repair.outputs import OutputError
 from onnxopt.runtime import RunOptions, evaluate_node, open_session
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -234,6 +236,118 @@ def test_a_branch_that_no_sample_runs_is_not_worth_nothing() -> None:
         "16 to 8 channels, by their scores: the outputs do not show what they are worth "
         "(MatMul p is in a body of If, Loop or Scan)"
     )
+
+
+def fresh_error(original: ir.Model, model: ir.Model, *shape: int) -> float:
+    observer = OutputError(["y"])
+    feeds = [{"x": random(*shape, seed=1000 + i)} for i in range(200)]
+    calibration(feeds, real=True).observe_both(original, model, [observer])
+    return observer.error
+
+
+def test_few_samples_promise_no_more_than_they_can_keep() -> None:
+    """With fewer rows than channels, nothing is lost on the samples that layers were fitted to."""
+    model = declare(
+        "(float[1,16] x) => (float[1,4] y) { a = MatMul(x, u) r = Relu(a) y = MatMul(r, v) }",
+        u=random(16, 64),
+        v=random(64, 4, seed=1),
+    )
+    original, ctx = model.clone(), context(model, 1, 16, count=24)
+    passes = PruneChannels(ratio=0.5, importance="loss")
+    expected = 0.0
+    for item in passes.run(model, ctx):
+        if isinstance(item, Edit):
+            item.apply()
+            if item.removed is not None and item.removed.predicted is not None:
+                expected = item.removed.predicted.share
+    found = fresh_error(original, model, 1, 16)
+    assert found > 0.1
+    assert expected == pytest.approx(found, rel=0.5)
+
+
+@pytest.mark.parametrize(("samples", "held"), [(1, []), (2, [1]), (3, [2]), (4, [3]), (10, [3, 7])])
+def test_one_of_four_samples_is_held_back(samples: int, held: list[int]) -> None:
+    assert list(held_back(samples)) == held
+
+
+def test_a_single_sample_shows_no_loss_after_repair() -> None:
+    model = two_layers()
+    made = edits(model, context(model, 9, 8, count=1), ratio=0.5, repair=False)
+    assert any(f"without repair ({TOO_FEW})" in summary for summary in made.values()), made
+
+
+def test_outputs_that_are_not_finite_judge_nothing() -> None:
+    model = declare(
+        "(float[4,8] x) => (float[4,3] y) { a = MatMul(x, u) r = Relu(a) p = MatMul(r, v) y = Log(p) }",
+        u=random(8, 32),
+        v=random(32, 3, seed=1),
+    )
+    found = list(PruneChannels(ratio=0.5, importance="loss").run(model, context(model, 4, 8)))
+    reason = "on your samples outputs of the original hold NaN or infinity, so that what they lose cannot be told"
+    assert [item.reason for item in found if isinstance(item, Refusal)][-1] == reason
+    assert not any(isinstance(item, Edit) for item in found)
+    assert forecast(model, context(model, 4, 8), "params", [0.5], lambda group: [8]) == ()
+
+
+def spoilt(value: float) -> ir.Model:
+    """Return a network with a branch whose weights are not finite, and which is computed but never chosen."""
+    weight = random(32, 3, seed=1)
+    weight[0, 0] = value
+    return declare(
+        """(float[4,8] x) => (float[4,3] y) {
+            a = MatMul(x, u) r = Relu(a) p = MatMul(r, v) m = ReduceMax<keepdims = 1>(x) c = Greater(m, huge)
+            b = MatMul(x, s) q = Relu(b) g = MatMul(q, w) y = Where(c, g, p) }""",
+        huge=np.float32(1e9),
+        u=random(8, 32),
+        v=random(32, 3, seed=2),
+        s=random(8, 32, seed=3),
+        w=weight,
+    )
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_losses_that_are_not_finite_are_not_added_up(value: float) -> None:
+    model = spoilt(value)
+    coupling, ctx = analyse(model), context(model, 4, 8)
+    found = {curve.group.name: curve for curve in curves(model, coupling, ctx, lambda group: 8, magnitude)}
+    assert found["u"].unread == ""
+    assert found["s"].unread == SPOILT
+    assert all(np.isfinite(curve.lost).all() for curve in found.values())
+
+
+def test_units_without_which_outputs_are_not_finite_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consumers, "MOST_INPUTS", 4)  # so that nothing is fitted
+    model = declare(
+        """(float[4,8] x) => (float[4,3] y) {
+            a = MatMul(x, u) r = Sigmoid(a) s = MatMul(r, v) p = Sub(s, least) q = Sqrt(p)
+            b = MatMul(x, w) t = Relu(b) m = MatMul(t, o) y = Add(q, m) }""",
+        u=random(8, 32) / 10,
+        v=np.ones((32, 3), np.float32),
+        least=np.array([10], np.float32),
+        w=random(8, 32, seed=1),
+        o=random(32, 3, seed=2),
+    )
+    ctx = context(model, 4, 8)
+    judged = {curve.group.name: curve for curve in curves(model, analyse(model), ctx, lambda group: 8, magnitude)}
+    assert (judged["u"].unread, len(judged["u"].order)) == (BREAKS, 0)
+    assert len(judged["w"].order) == 24
+    found = list(PruneChannels(ratio=0.3, importance="loss", repair=False).run(model, ctx))
+    reasons = {item.site.output: item.reason for item in found if isinstance(item, Refusal)}
+    assert reasons["u"] == f"its channels stay: {BREAKS}"
+    assert [item.site.output for item in found if isinstance(item, Edit)] == ["w"]
+
+
+def test_a_fit_that_breaks_outputs_is_not_counted_on() -> None:
+    """Without a unit the root is of zero; fitted to it are others, whose sum may be less."""
+    model = declare(
+        "(float[4,8] x) => (float[4,32] y) { a = MatMul(x, u) r = Sigmoid(a) p = MatMul(r, v) y = Sqrt(p) }",
+        u=5 * random(8, 32),
+        v=np.eye(32, dtype=np.float32),
+    )
+    (curve,) = curves(model, analyse(model), context(model, 4, 8), lambda group: 8, magnitude)
+    assert curve.unread == NOT_FINITE
+    assert curve.measured
+    assert np.isfinite(curve.lost).all()
 
 
 def test_a_weight_behind_a_transpose_is_judged_like_one_that_is_stored_so() -> None:

@@ -16,9 +16,8 @@ def consumer(seed: int, units: int, span: int = 1, groups: int = 1, outputs: int
     inputs = units * span
     x = rng.normal(size=(groups, 200, inputs)) @ rng.normal(size=(groups, inputs, inputs))
     covariance = np.swapaxes(x, 1, 2) @ x / 200
-    return Consumer(
-        covariance, rng.normal(size=(groups, outputs, inputs)), rng.permutation(np.repeat(np.arange(units), span))
-    )
+    weight = rng.normal(size=(groups, outputs, inputs))
+    return Consumer(covariance, covariance, weight, rng.permutation(np.repeat(np.arange(units), span)))
 
 
 def refitted(found: Consumer, gone: np.ndarray) -> float:
@@ -61,8 +60,9 @@ def test_the_first_to_go_loses_least() -> None:
 def test_of_two_that_do_the_same_one_goes_and_the_other_stays() -> None:
     base = np.random.default_rng(0).normal(size=(100, 4))
     x = np.concatenate([base, base[:, :1]], axis=1)
+    products = (x.T @ x / 100)[None]
     weight = np.array([[[5.0, 1.0, 1.0, 1.0, 5.0]]])
-    order = eliminate([Consumer((x.T @ x / 100)[None], weight, np.arange(5))], 5, least=1, halfway=0)
+    order = eliminate([Consumer(products, products, weight, np.arange(5))], 5, least=1, halfway=0)
     assert order.units[0] in (0, 4)
     assert {0, 4} != set(order.units[:2].tolist())
 
@@ -72,3 +72,31 @@ def test_many_units_go_several_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
     order = eliminate([consumer(0, 10)], 10, least=1, halfway=5)
     assert (order.halfway, len(order.units), len(order.lost)) == (5, 9, 10)
     assert (np.diff(order.lost) >= 0).all()
+
+
+def test_what_is_lost_is_seen_on_samples_held_back() -> None:
+    """With fewer samples than inputs nothing is lost on those that weights were fitted to."""
+    units, rng = 20, np.random.default_rng(0)
+    few, others = rng.normal(size=(8, units)), rng.normal(size=(1000, units))
+    weight = rng.normal(size=(1, 3, units))
+    seen, held = ((x.T @ x / len(x))[None] for x in (few, others))
+    order = eliminate([Consumer(seen, held, weight, np.arange(units))], units, least=1, halfway=10)
+    flattered = eliminate([Consumer(seen, seen, weight, np.arange(units))], units, least=1, halfway=10)
+    assert flattered.lost[10] < 1e-4
+    moved = others @ (order.weights[0][0] - weight[0]).T
+    lost = np.square(moved).sum() / np.square(others @ weight[0].T).sum()
+    np.testing.assert_allclose(order.lost[10], lost)
+    assert lost > 0.3
+    assert (np.diff(order.lost) >= 0).all()
+
+
+def test_of_many_units_the_loss_is_worked_out_at_some_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elimination, "JUDGED", 4)
+    found = consumer(0, 16)
+    some = eliminate([found], 16, least=1, halfway=7)
+    monkeypatch.undo()
+    every = eliminate([found], 16, least=1, halfway=7)
+    assert some.units.tolist() == every.units.tolist()
+    known = [0, 4, 7, 11, 15]  # a quarter each, halfway, and the last
+    np.testing.assert_allclose(some.lost[known], every.lost[known])
+    np.testing.assert_allclose(some.lost[2], (every.lost[0] + every.lost[4]) / 2)

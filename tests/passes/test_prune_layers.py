@@ -179,6 +179,12 @@ def test_a_block_that_cannot_be_judged_stays() -> None:
     assert not any(isinstance(item, Edit) for item in found)
 
 
+def test_of_an_output_that_was_all_zero_everything_is_lost() -> None:
+    observer = OutputError(["a", "b"])
+    observer.add([np.zeros(2), np.zeros(2)], [np.zeros(2), np.full(2, 1e30)])
+    assert observer.error == 0.5
+
+
 def test_it_says_why_it_does_not_apply() -> None:
     model = ir.from_proto(network())
     assert PruneLayers().skip_reason(model, context(model, None)) == NEEDS_DATA
