@@ -228,13 +228,16 @@ class _Plan:
 
 def _write(plan: _Plan, target: Path) -> None:
     """Write the files of a plan under temporary names, then rename them."""
-    replaced = replaced_data(target) if target.is_file() else []
     with contextlib.ExitStack() as stack:
         renames: list[tuple[Path, Path]] = []
         data = None
         if plan.layout is not None:
             file = stack.enter_context(_temporary(target))
             digest = plan.layout.write(file.fileno())
+        # from here on it matters which data is there, and which model refers to it
+        stack.enter_context(_alone_in(target.parent))
+        replaced = replaced_data(target) if target.is_file() else []
+        if plan.layout is not None:
             data, is_new = _data_path(target, digest, Path(file.name))
             if is_new:
                 renames.append((Path(file.name), data))
@@ -247,7 +250,23 @@ def _write(plan: _Plan, target: Path) -> None:
             Path(file.name).chmod(stat.S_IMODE(target.stat().st_mode))
         renames.append((Path(file.name), target))
         _rename(renames)
-    remove_unused(path for path in replaced if path != data)
+        remove_unused(path for path in replaced if path != data)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keep other processes from saving into a folder meanwhile; nobody is kept out where folders cannot be locked."""
+    descriptor = None
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _rename(renames: list[tuple[Path, Path]]) -> None:

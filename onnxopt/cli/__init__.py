@@ -115,7 +115,7 @@ class LazyGroup(click.Group):
             _end(ctx, f"Error: {sentence(str(error))}", error.exit_code)
         except KeyboardInterrupt:
             stands = f"{' and '.join(written())} had been written" if written() else "nothing was written"
-            _end(ctx, f"\nInterrupted; {stands}.", EXIT_INTERRUPTED)
+            _end(ctx, " ".join((f"\nInterrupted; {stands}.", *_kept())), EXIT_INTERRUPTED)
         except MemoryError:
             _end(ctx, "Error: There is not enough memory for this model on this machine.", 2)
         except Exception as error:  # the last line of defence: a user gets a sentence, not a traceback
@@ -152,6 +152,16 @@ def written() -> list[str]:
     """Return the list of files the running command has finished writing; commands append to it."""
     paths: list[str] = click.get_current_context().meta.setdefault("onnxopt.written", [])
     return paths
+
+
+def keep(sentence: str) -> None:
+    """Note what an interrupted command leaves to go on from; it is said at the end."""
+    _kept().append(sentence)
+
+
+def _kept() -> list[str]:
+    sentences: list[str] = click.get_current_context().meta.setdefault("onnxopt.kept", [])
+    return sentences
 
 
 @click.group(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from onnxopt.cli import files, options
+from onnxopt.cli import files, keep, options
 from onnxopt.cli.ending import ending, finish
 from onnxopt.errors import VerificationError
 
@@ -93,13 +93,22 @@ def _remembered(settings: dict[str, Any], out: Path | None) -> Iterator[str | No
     """Give the file that a search is remembered in; one that was not asked for goes when the search is done."""
     searching = settings["recipe"] is None and settings["passes"] is None
     searching &= settings["max_error"] is not None or settings["max_drop"] is not None
-    if settings["state"] is not None or settings["replay"] is not None or not searching or out is None:
-        yield settings["state"]
+    if settings["state"] is not None:
+        path, own = Path(settings["state"]), False
+    elif settings["replay"] is None and searching and out is not None:
+        path, own = out.with_name(f"{out.name}.search.json"), True
+    else:
+        yield None
         return
-    path = out.with_name(f"{out.name}.search.json")
     try:
         yield str(path)
-    except VerificationError:
-        path.unlink(missing_ok=True)
+    except KeyboardInterrupt:
+        if path.exists():
+            keep(f"What the search has found out is kept in {path}; the same command goes on from there.")
         raise
-    path.unlink(missing_ok=True)
+    except VerificationError:
+        if own:
+            path.unlink(missing_ok=True)
+        raise
+    if own:
+        path.unlink(missing_ok=True)
