@@ -172,7 +172,7 @@ def real(paths: list[Path], tallies: dict[str, Tally], *, alone: bool) -> None:
         start = time.perf_counter()
         try:
             subject = Subject(path.name, onnxopt.load(path))
-            cuts = _cuts(subject)
+            cuts = cuts_of(subject)
             subject.prefetch(cuts)
         except OnnxOptError as error:
             print(f"{path.name}: does not run here: {error}", flush=True)
@@ -183,17 +183,17 @@ def real(paths: list[Path], tallies: dict[str, Tally], *, alone: bool) -> None:
         if alone:
             continue
         fused = onnxopt.optimize(subject.model, verify=False, measure=False).model
-        _exchange(subject, Subject(f"optimized {path.name}", fused, subject.probe.feeds), tallies["optimized"])
+        exchange(subject, Subject(f"optimized {path.name}", fused, subject.probe.feeds), tallies["optimized"])
         if subject.model.opset_imports[""] <= OLD:
             _older(subject, cuts, tallies["older opset"])
         _interfaces(subject, cuts, tallies)
         exports = {p: s for p, s in exports.items() if EXPORTS.sub("", p.name) == EXPORTS.sub("", path.name)}
         for donor in exports.values():
-            _exchange(subject, donor, tallies["other export"])
+            exchange(subject, donor, tallies["other export"])
         exports[path] = subject
 
 
-def _cuts(subject: Subject) -> list[Cut]:
+def cuts_of(subject: Subject) -> list[Cut]:
     return [*(Block(i) for i in range(len(blocks(subject.flow)))), Backbone()]
 
 
@@ -321,10 +321,10 @@ def _moved(shape: ir.Shape | None) -> ir.Shape | None:
     return None if shape is None else ir.Shape([shape[0], shape[2], shape[3], shape[1]])
 
 
-def _exchange(one: Subject, other: Subject, tally: Tally) -> None:
+def exchange(one: Subject, other: Subject, tally: Tally) -> None:
     """Graft every block of either into the other."""
-    cuts = _cuts(one)
-    if len(cuts) != len(_cuts(other)):
+    cuts = cuts_of(one)
+    if len(cuts) != len(cuts_of(other)):
         print(f"  {one.name} and {other.name} have different numbers of blocks", flush=True)
         return
     other.prefetch(cuts)
