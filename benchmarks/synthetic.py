@@ -1,4 +1,4 @@
-"""Models made for the benchmarks: a graph of any number of nodes, and one with gigabytes of weights."""
+"""Models made for the benchmarks: a graph of any number of nodes, a residual network, one with gigabytes of weights."""
 
 from __future__ import annotations
 
@@ -46,6 +46,49 @@ def mixed_graph(nodes: int) -> onnx.ModelProto:
     add("Identity", [value], "y")
     io = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", 8]) for n in "xy"]
     graph = helper.make_graph(made, "mixed", [io[0]], [io[1]], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def resnet(blocks: tuple[int, ...]) -> onnx.ModelProto:
+    """Make a network of bottlenecks like ResNet's, convolutions folded with what follows, and random weights.
+
+    Args:
+        blocks: How many of each width; (3, 8, 36, 3) is ResNet-152.
+    """
+    rng = np.random.default_rng(0)
+    nodes: list[onnx.NodeProto] = []
+    weights: list[TensorProto] = []
+
+    def conv(source: str, channels: int, out: int, kernel: int = 1, stride: int = 1) -> str:
+        name = f"c{len(nodes)}"
+        array = rng.standard_normal((out, channels, kernel, kernel), dtype=np.float32)
+        weights.append(numpy_helper.from_array(array / np.float32((channels * kernel**2) ** 0.5), name + "_w"))
+        weights.append(numpy_helper.from_array(np.zeros(out, np.float32), name + "_b"))
+        at = {"strides": [stride] * 2, "pads": [kernel // 2] * 4, "kernel_shape": [kernel] * 2}
+        nodes.append(helper.make_node("Conv", [source, name + "_w", name + "_b"], [name], **at))
+        return name
+
+    def node(op: str, *inputs: str, **attributes: object) -> str:
+        output = f"v{len(nodes)}"
+        nodes.append(helper.make_node(op, inputs, [output], **attributes))
+        return output
+
+    stem = node("Relu", conv("x", 3, 64, 7, 2))
+    value, channels = node("MaxPool", stem, kernel_shape=[3, 3], strides=[2, 2], pads=[1] * 4), 64
+    for stage, count in enumerate(blocks):
+        width = 64 << stage
+        for index in range(count):
+            stride = 2 if stage and not index else 1
+            inner = node("Relu", conv(value, channels, width))
+            inner = conv(node("Relu", conv(inner, width, width, 3, stride)), width, 4 * width)
+            carried = value if index else conv(value, channels, 4 * width, 1, stride)
+            value, channels = node("Relu", node("Add", inner, carried)), 4 * width
+    flat = node("Flatten", node("GlobalAveragePool", value))
+    weights.append(numpy_helper.from_array(rng.standard_normal((channels, 1000), dtype=np.float32), "head"))
+    nodes.append(helper.make_node("MatMul", [flat, "head"], ["y"]))
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3, 224, 224])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 1000])
+    graph = helper.make_graph(nodes, "resnet", [x], [y], weights)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
 
 
