@@ -31,8 +31,8 @@ lint: $(VENV)/.dev  ## ruff and mypy --strict
 test: lint  ## lint, then the whole test suite
 	$(BIN)/python -m pytest -n 2
 
-bench: $(VENV)/.dev  ## reproduce the figures that README quotes
-	$(BIN)/python benchmarks/run.py
+bench: $(VENV)/.dev  ## measure again; BENCH="--quick" or names of parts for less
+	$(BIN)/python benchmarks/run.py $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info

