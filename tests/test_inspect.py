@@ -8,6 +8,7 @@ import pytest
 from onnxopt.analysis.flops import IMAGE_SIDE, LENGTH, count
 from onnxopt.analysis.inspect import ConstantFacts, FunctionFacts, TypeFacts, ValueFacts, inspect, summary_stats
 from onnxopt.analysis.size import model_size
+from onnxopt.model import load, model_bytes
 
 
 def declare(text, **arrays):
@@ -207,7 +208,23 @@ def sizable():
 
 @pytest.mark.parametrize("model", list(sizable()))
 def test_bytes_are_those_of_the_file(model):
-    assert model_size(model).bytes == len(ir.to_proto(model).SerializeToString())
+    assert model_size(model).bytes == model_bytes(model)
+
+
+@pytest.mark.parametrize("change", ["", "listed", "old"])
+def test_bytes_are_those_of_a_file_whose_constants_are_declared(change, tmp_path):
+    """In value_info, as some exporters do, or among the inputs, as the format once asked for."""
+    proto = ir.to_proto(declare(f"{HEAD} g (float[2, 2] x) => (float[2, 2] y) {{ y = MatMul(x, w) }}", w=zeros(2, 2)))
+    del proto.graph.value_info[:]
+    info = onnx.helper.make_tensor_value_info("w", onnx.TensorProto.FLOAT, [2, 2])
+    if change == "listed":
+        proto.graph.value_info.append(info)
+        proto.graph.value_info.append(proto.graph.input[0])
+    if change == "old":
+        proto.ir_version = 3
+        proto.graph.input.append(info)
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    assert model_size(load(tmp_path / "model.onnx")).bytes == (tmp_path / "model.onnx").stat().st_size
 
 
 # Cost -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from onnxopt.proto.encode import encode_attribute, encode_type
+from onnxopt.proto.keys import FIRST_IR_WITH_CONSTANTS, VALUE_INFO_ORDER
 
 _WIDE_TAG = 1
 """Field numbers of 16 and more take a second byte."""
@@ -52,14 +53,17 @@ class _Counter:
         total = _number(model.ir_version or 0) + (_number(model.model_version) if model.model_version else 0)
         total += _texts(model.producer_name, model.producer_version, model.domain, model.doc_string)
         total += _opsets(model.opset_imports) + _pairs(model.metadata_props)
-        total += _field(self.graph(model.graph))
+        total += _field(self.graph(model.graph) + _as_inputs(model))
         return total + sum(_WIDE_TAG + _field(self.function(f)) for f in model.functions.values())
 
     def graph(self, graph: ir.Graph) -> int:
         total = _texts(graph.name, graph.doc_string) + _pairs(graph.metadata_props, _WIDE_TAG)
         total += sum(_field(_value_info(value)) for value in (*graph.inputs, *graph.outputs))
+        listed = frozenset(graph.meta.get(VALUE_INFO_ORDER, ()))
+        total += sum(_declaration(v) for v in (*graph.inputs, *graph.outputs) if v.name in listed)
         for value in graph.initializers.values():
-            if not value.is_graph_input():
+            # what its tensor says is not said again, unless the file that was read did
+            if not value.is_graph_input() and (value.name in listed or value.doc_string or value.metadata_props):
                 total += _declaration(value)
             tensor = value.const_value
             if tensor is not None:
@@ -163,6 +167,14 @@ def _pairs(entries: Mapping[str, str], tag: int = 0) -> int:
 
 def _opsets(imports: Mapping[str, int]) -> int:
     return sum(_field(_field(_length(domain)) + _number(version)) for domain, version in imports.items())
+
+
+def _as_inputs(model: ir.Model) -> int:
+    """Return the bytes of initializers that are inputs too, which an old version of the format makes of them all."""
+    if model.ir_version >= FIRST_IR_WITH_CONSTANTS:
+        return 0
+    initializers = model.graph.initializers.values()
+    return sum(_field(_value_info(value)) for value in initializers if not value.is_graph_input())
 
 
 def _declaration(value: ir.Value) -> int:
