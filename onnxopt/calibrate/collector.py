@@ -83,7 +83,7 @@ def observe(
         return
     inputs = {v.name or "" for v in model.graph.inputs}
     inner = [name for name in observers if name not in inputs]
-    progress.stage(f"observing {len(observers)} values", total=len(data))
+    progress.stage(f"observing {len(observers)} value{'s' if len(observers) > 1 else ''}", total=len(data))
     with open_session(revealing(model, inner), options, optimized=True) as session:
         sizes: dict[str, int] = {}
         for feed in data:

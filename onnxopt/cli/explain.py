@@ -24,6 +24,8 @@ Examples:
 The passes run one after the other on a copy. Nothing is verified, measured or written.
 """
 
+_ORDER = "These passes alone, in this order; in a recipe, passes before them may leave them more to do."
+
 
 @click.command("explain", epilog=_EPILOG)
 @options.model_argument()
@@ -78,6 +80,8 @@ def _render(previews: tuple[Preview, ...], console: Console) -> None:
             _line(refusal.site, refusal.reason, console, "yellow")
         if done.crashed:
             console.print(Padding(Text(sentence(done.crashed), style="bold red"), (0, 0, 0, 2)))
+    console.print()
+    console.print(Text(_ORDER, style="dim"))
 
 
 def _line(site: Site, text: str, console: Console, style: str) -> None:

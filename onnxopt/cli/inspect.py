@@ -176,14 +176,19 @@ def _large(number: int) -> str:
 def _passes(previews: tuple[Preview, ...], console: Console) -> None:
     from onnxopt.report.words import count, sentence
 
-    rows = []
+    rows, idle = [], []
     for done in previews:
         text = sentence(done.skipped or done.crashed)
         if not text:
             text = count(len(done.edits), "edit") if done.edits else "nothing to do"
             missed = count(len(done.refusals), "near miss", "near misses") if done.refusals else ""
             text = ", ".join(filter(None, (text, missed)))
-        rows.append((done.name, text))
+        if text == "nothing to do":
+            idle.append(done.name)
+        else:
+            rows.append((done.name, text))
+    if idle:
+        rows.append(("nothing to do", ", ".join(idle)))
     _list(console, "What the passes would do, each by itself", rows)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from onnxopt.report import curve, words
@@ -143,8 +144,10 @@ def _classes(report: HeadReport) -> str:
 def render(report: HeadReport, console: Console) -> None:
     """Print the report."""
     console.print(Text(headline(report) + ".", style="bold"))
+    table = Table.grid(padding=(0, 2, 0, 0))
     for title, text in lines(report):
-        console.print(Text.assemble((f"  {title:10}", "dim"), text))
+        table.add_row(Text(f"  {title}", style="dim"), Text(text))
+    console.print(table)
     if report.confusions:
         _heading("Taken for another class most often", console)
         for c in report.confusions:

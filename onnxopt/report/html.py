@@ -121,7 +121,8 @@ def _sections(report: Report) -> Iterable[Html]:
         yield _section("Removed", *_removed(table, report))
     if report.verification is not None:
         yield _section("Outputs", *_outputs(report.verification, report.data))
-    yield _section("Passes", *_passes(report))
+    if report.passes:
+        yield _section("Passes", *_passes(report))
     notes = summary.notes(report)
     if notes:
         yield _section("Notes", tag("ul", *(tag("li", n) for n in notes)))

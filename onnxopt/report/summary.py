@@ -60,7 +60,10 @@ def headline_parts(report: Report) -> list[str]:
         nodes = ", ".join([*([] if report.applied else asked), nodes])
         size = words.sizes(before.bytes, after.bytes)
     else:
-        nodes = f"nothing to change, {words.count(before.nodes, 'node')}"
+        what = (
+            f"nothing changed, {words.count(report.dropped, 'edit')} dropped" if report.dropped else "nothing to change"
+        )
+        nodes = f"{what}, {words.count(before.nodes, 'node')}"
         size = words.size(before.bytes)
     parts = [f"{title(report)}: {nodes}", size, _verified(report), _measured(report)]
     if report.metric is not None:

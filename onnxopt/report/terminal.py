@@ -65,7 +65,8 @@ def render(report: Report, console: Console, verbose: bool = False) -> None:
     _headline(report, console)
     if report.search is not None:
         _search(report.search, console, verbose=verbose)
-    _passes(report, console, verbose=verbose)
+    if report.passes:
+        _passes(report, console, verbose=verbose)
     _removed(report, console, verbose=verbose)
     _comparison(report, console)
     if report.verification is not None and report.verification.outputs:

@@ -45,7 +45,7 @@ def test_inspect(invoke: Invoke, model: Path) -> None:
         "multiply-accumulates 12.3 thousand (MatMul 100%)",
         "with batch=3",
         "remove-identities 1 edit",
-        "fold-constants nothing to do",
+        "nothing to do fold-constants, ",
         "prune-weights needs exactly one of",
     ):
         assert expected in text
@@ -87,6 +87,7 @@ def test_explain_lists_edits_and_near_misses(invoke: Invoke, tmp_path: Path) -> 
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[:3] == ["remove-identities", "  1 edit", "    a"]
+    assert "in a recipe, passes before them may leave them more to do." in flat(done.stdout)
     assert "  1 near miss" in lines and lines[lines.index("  1 near miss") + 1] == "    z"
     content = json.loads(invoke("explain", path, "-p", "remove-identities", "--json").stdout)
     (only,) = content["passes"]

@@ -187,6 +187,17 @@ def test_nothing_to_change(make: Make, report: Report) -> None:
     assert text.startswith("encoder.onnx: nothing to change, 1,234 nodes, 1.85 MB,")
 
 
+def test_edits_that_were_all_dropped_are_not_nothing_to_change(make: Make, report: Report) -> None:
+    dropped = dataclasses.replace(report.passes[2], applied=(), status="dropped")
+    assert len(dropped.dropped) == 1
+    text = to_text(make(passes=(dropped,), slow_passes=(), after=report.before))
+    assert text.startswith("encoder.onnx: nothing changed, 1 edit dropped, 1,234 nodes, 1.85 MB,")
+
+
+def test_a_result_that_was_made_without_passes_lists_none(make: Make) -> None:
+    assert "Passes" in to_text(make()) and "Passes" not in to_text(make(passes=(), slow_passes=()))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
