@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.int8 import Layer, between, layer
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.contract import Target
 from onnxopt.graph import Scope, attribute, constant_tensor, has_references, is_op
 
 ACTIVATIONS: dict[str, tuple[str, ...]] = {
@@ -94,26 +95,27 @@ def hard_steps(node: ir.Node) -> list[Step] | None:
     return steps if node.op_type == "HardSigmoid" else [*steps, Step("Mul", (node.inputs[0],))]
 
 
-def hard_activations(main: Scope, shapes: Shapes) -> list[tuple[ir.Node, list[Step]]]:
+def is_integer(node: ir.Node | None, main: Scope, shapes: Shapes, target: Target) -> bool:
+    """Return whether a node of the main graph is one that can be computed with integers, itself or taken apart."""
+    if node is None or node.graph is not main.graph:
+        return False
+    return (
+        isinstance(layer(node, main, shapes), Layer)
+        or is_op(node, *HARD)
+        or between(node, main, shapes, target) is not None
+    )
+
+
+def hard_activations(main: Scope, shapes: Shapes, target: Target) -> list[tuple[ir.Node, list[Step]]]:
     """Return the HardSigmoids and HardSwishes between what is computed with integers, and what they consist of."""
-
-    def is_integer(node: ir.Node | None) -> bool:
-        if node is None or node.graph is not main.graph:
-            return False
-        return (
-            isinstance(layer(node, main, shapes), Layer)
-            or is_op(node, *HARD)
-            or between(node, main, shapes) is not None
-        )
-
     found = []
     for node in main.graph:
         steps = hard_steps(node)
         if steps is None or shapes.dtype(node.outputs[0]) != ir.DataType.FLOAT or node.outputs[0].is_graph_output():
             continue
         before = node.inputs[0].producer() if node.inputs[0] is not None else None
-        if is_op(before, "Gemm") or not is_integer(before):
+        if is_op(before, "Gemm") or not is_integer(before, main, shapes, target):
             continue  # a Gemm hands on floating-point numbers
-        if all(is_integer(user) for user in node.outputs[0].consumers()):
+        if all(is_integer(user, main, shapes, target) for user in node.outputs[0].consumers()):
             found.append((node, steps))
     return found

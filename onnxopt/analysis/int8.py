@@ -11,13 +11,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.weights import dtype_name
+from onnxopt.contract import Target
 from onnxopt.graph import (
     Scope,
     attribute,
+    constant_array,
     constant_ints,
     constant_scalar,
     constant_tensor,
@@ -33,6 +36,12 @@ PASSING = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten", "Slice", "
 """Operators that only hand elements on."""
 UNARY = ("GlobalAveragePool", "Sigmoid", "LeakyRelu")
 BINARY = ("Add", "Mul")
+CHANNELS = 3
+"""From this rank on, values have channels along their second axis, and places along others."""
+POOLS_INTEGERS = 12
+"""From this opset on, MaxPool takes integers."""
+RESIZES = 11
+"""From this opset on, Resize says how it maps places."""
 FUSED = ("FusedConv", "NhwcFusedConv")
 """Convolutions of com.microsoft that have no 8-bit kernel."""
 
@@ -67,12 +76,20 @@ class Between:
         sources: The inputs that hold activations, as (index, value).
         results: Its outputs, with the activation that rounding to their grid includes.
         tied: Whether sources and results must have the same grid.
+        factor: Of a Mul by a positive number: its result is what the integers of its source stand for on a grid that is
+            this much coarser. None for any other node.
     """
 
     node: ir.Node
     sources: tuple[tuple[int, ir.Value], ...]
     results: tuple[ir.Value, ...]
     tied: bool
+    factor: float | None = None
+
+    @property
+    def source(self) -> ir.Value:
+        """The first of its sources that is no constant, or the first."""
+        return next((v for _, v in self.sources if constant_tensor(v) is None), self.sources[0][1])
 
 
 def activated(value: ir.Value) -> ir.Value:
@@ -160,7 +177,7 @@ def _is_plain(node: ir.Node) -> bool:
     return (attribute(node, "transA", 0), attribute(node, "alpha", 1.0), attribute(node, "beta", 1.0)) == (0, 1.0, 1.0)
 
 
-def between(node: ir.Node, scope: Scope, shapes: Shapes) -> Between | None:
+def between(node: ir.Node, scope: Scope, shapes: Shapes, target: Target) -> Between | None:
     """Return a node of the main graph as one that can be computed between layers, or None."""
     if has_references(node) or not node.inputs or node.domain not in ("", "ai.onnx"):
         return None
@@ -172,23 +189,63 @@ def between(node: ir.Node, scope: Scope, shapes: Shapes) -> Between | None:
     if any(not use_count(v) or v.is_graph_output() for v in node.outputs):
         return None
     outputs = tuple(node.outputs)
-    if is_op(node, *PASSING) or _keeps_elements(node, scope):
+    if is_op(node, *PASSING) or _keeps_elements(node, scope, shapes, target):
         return Between(node, sources, outputs, tied=True)
     results = tuple(activated(v) for v in outputs)
     if is_op(node, "Concat"):
         # Equal grids make it a mere copy, but an activation behind it must have a grid of its own.
         return Between(node, sources, results, tied=results == outputs)
+    factor = _factor(node, shapes) if results == outputs else None
+    if factor is not None:
+        return Between(node, sources, results, tied=False, factor=factor)
     known = (
         is_op(node, *BINARY, *UNARY) or is_global_average(node, shapes) or averaged_channels(node, shapes) is not None
     )
     return Between(node, sources, results, tied=False) if known else None
 
 
-def _keeps_elements(node: ir.Node, scope: Scope) -> bool:
+def _factor(node: ir.Node, shapes: Shapes) -> float | None:
+    """Return the positive number that a Mul multiplies an activation by, or None for any other node."""
+    if not is_op(node, "Mul"):
+        return None
+    for constant, other in (node.inputs, node.inputs[::-1]):
+        number, tensor = constant_scalar(constant), constant_tensor(constant)
+        if number is None or tensor is None or other is None or constant_tensor(other) is not None:
+            continue
+        if math.isfinite(number) and number > 0 and len(tensor.shape) <= (shapes.rank(other) or 0):
+            return number
+    return None
+
+
+def _keeps_elements(node: ir.Node, scope: Scope, shapes: Shapes, target: Target) -> bool:
     """Whether the outputs lie within the range of the input, and the 8-bit kernel needs them on its grid."""
     if is_op(node, "MaxPool"):
-        return scope.opset >= 12 and len(node.outputs) == 1
+        if len(node.outputs) > 1:
+            return False
+        source = node.inputs[0]
+        known = source is not None and target == "cpu" and shapes.rank(source) == 4
+        return scope.opset >= POOLS_INTEGERS or known
     return is_op(node, "Resize") and attribute(node, "mode", "nearest") == "nearest"
+
+
+def repeated(node: ir.Node, scope: Scope, shapes: Shapes) -> dict[int, int]:
+    """Return how often a Resize repeats elements along which axes; nothing where it does not do just that."""
+    if not is_op(node, "Resize") or scope.opset < RESIZES or attribute(node, "mode", "nearest") != "nearest":
+        return {}
+    way = attribute(node, "coordinate_transformation_mode", "half_pixel")
+    rounding = attribute(node, "nearest_mode", "round_prefer_floor")
+    # With a whole factor, i / factor is rounded down, or (i + 1/2) / factor - 1/2, which is never halfway, to nearest.
+    plain = (way, rounding) == ("asymmetric", "floor")
+    if not plain and not (way in ("half_pixel", "pytorch_half_pixel") and rounding.startswith("round")):
+        return {}
+    scales = constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
+    rank = shapes.rank(node.inputs[0]) if node.inputs[0] is not None else None
+    if scales is None or rank is None or rank < CHANNELS or not scales.size:
+        return {}
+    if not (scales == np.rint(scales)).all() or scales.min() < 1:
+        return {}
+    axes = attribute(node, "axes", None) or range(rank)
+    return {axis % rank: int(often) for axis, often in zip(axes, scales, strict=True) if often > 1}
 
 
 def is_global_average(node: ir.Node, shapes: Shapes) -> bool:
@@ -244,6 +301,10 @@ class Ties:
         while value in self._parents:
             value = self._parents[value]
         return value
+
+    def alone(self, value: ir.Value) -> bool:
+        """Return whether no other value shares the grid of this one."""
+        return value not in self._parents and value not in self._parents.values()
 
     def _merge(self, a: ir.Value, b: ir.Value) -> None:
         a, b = self.of(a), self.of(b)

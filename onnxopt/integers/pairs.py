@@ -13,7 +13,16 @@ import onnx_ir as ir
 
 from onnxopt.analysis.int8 import leaves_float_weight
 from onnxopt.contract import Target
-from onnxopt.graph import Names, Scope, add_constant, constant_array, constant_tensor, insert_before, replace_value
+from onnxopt.graph import (
+    Names,
+    Scope,
+    add_constant,
+    constant_array,
+    constant_tensor,
+    insert_before,
+    remove_unused,
+    replace_value,
+)
 from onnxopt.numeric import grids
 from onnxopt.numeric.grids import Array, Grid
 
@@ -47,6 +56,7 @@ class Pairs:
         self._scope, self._names, self._grid, self._root = scope, names, grid, root
         self._contrib = target == "cpu"
         self._made: dict[ir.Value, ir.Value] = {}
+        self._integers: dict[ir.Value, ir.Value] = {}
         self._parameters: dict[ir.Value, tuple[ir.Value, ir.Value]] = {}
         self._zero_points: dict[tuple[str, bytes], ir.Value] = {}
         self._weights: dict[tuple[ir.Value, int, bytes, bool], ir.Value] = {}
@@ -73,8 +83,10 @@ class Pairs:
     def round(self, value: ir.Value) -> ir.Value:
         """Return a value rounded to its grid, in floating point; everything that uses the value then uses that."""
         known = self._made.get(value)
-        if known is not None:
+        if known is not None and _is_made(known):
             return known
+        if value in self._integers:
+            return self._restore(value)
         if constant_tensor(value) is not None:
             return self._constant(value)
         scale, zero_point = self._parameter(value)
@@ -95,8 +107,39 @@ class Pairs:
         nodes[0].replace_input_with(0, value)
         if len(nodes) > 2:
             rounded.replace_input_with(0, nodes[0].outputs[0])
-        self._made[value] = restored.outputs[0]
+        self._made[value], self._integers[value] = restored.outputs[0], rounded.outputs[0]
         return restored.outputs[0]
+
+    def _restore(self, value: ir.Value) -> ir.Value:
+        """Make integers a value again, after nothing used it for a while."""
+        integers = self._integers[value]
+        node = self._node("DequantizeLinear", value, f"{value.name}_dq", [integers, *self._parameter(value)])
+        maker = integers.producer()
+        assert maker is not None, "a node computes them"
+        self._scope.graph.insert_after(maker, node)
+        _drop_annotations(node.outputs[0])
+        self._made[value] = node.outputs[0]
+        return node.outputs[0]
+
+    def integers(self, value: ir.Value) -> ir.Value:
+        """Return the integers that a value is rounded to."""
+        if value not in self._integers:
+            self.round(value)
+        return self._integers[value]
+
+    def adopt(self, value: ir.Value, integers: ir.Value) -> None:
+        """Let integers that are computed, on the grid of a value, stand in the place of rounding it.
+
+        Args:
+            value: The value; nothing uses it any more.
+            integers: The integers.
+        """
+        rounded = self.integers(value)
+        self._integers[value] = integers
+        replace_value(rounded, integers)
+        maker = rounded.producer()
+        assert maker is not None, "QuantizeLinear makes it"
+        remove_unused(maker)
 
     def weight(self, value: ir.Value, integers: Array, grid: Grid, *, plain: bool) -> ir.Value:
         """Return a weight as integers that are restored; layers with the same weight and grid share them.
@@ -200,3 +243,9 @@ def _drop_annotations(value: ir.Value) -> None:
     """Do without the type and shape of an inner value, which follow from its node: files grow by 2% with them."""
     if not value.is_graph_output():
         value.type = value.shape = None
+
+
+def _is_made(value: ir.Value) -> bool:
+    """Whether the node that makes a value is still in a graph."""
+    maker = value.producer()
+    return maker is not None and maker.graph is not None

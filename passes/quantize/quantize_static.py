@@ -11,19 +11,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.analysis.apart import Step, apart, hard_activations
+from onnxopt.analysis.apart import Step, apart, hard_activations, is_integer
 from onnxopt.analysis.int8 import (
+    POOLS_INTEGERS,
     Between,
     Layer,
-    Ties,
     activated,
     averaged_channels,
     between,
     is_global_average,
     layer,
+    repeated,
     worthwhile,
 )
-from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Observer, Refusal, Site
+from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
 from onnxopt.graph import (
     Names,
@@ -41,11 +42,15 @@ from onnxopt.graph import (
     replace_value,
     scopes,
 )
+from onnxopt.integers.copies import pool, repeat
 from onnxopt.integers.pairs import Pairs
+from onnxopt.integers.seen import Seen
+from onnxopt.integers.windows import separate_windows
+from onnxopt.integers.windows import write as write_windows
 from onnxopt.numeric import adjacent, grids
 from onnxopt.numeric.grids import Array, Grid
-from onnxopt.numeric.histogram import Histogram, value_range
-from onnxopt.numeric.means import ChannelMeans, mean_response
+from onnxopt.numeric.means import mean_response
+from onnxopt.rewrite import Builder
 
 METHODS = ("auto", "minmax", "percentile", "entropy", "mse")
 LARGEST = 127
@@ -62,16 +67,18 @@ class QuantizeStatic(GraphPass):
 
     The model keeps its operators; QuantizeLinear and DequantizeLinear stand around them, which ONNX Runtime merges
     into 8-bit kernels on the CPU. Activations become uint8 with a zero point, weights int8, with a scale per output
-    channel for the target "cpu" or from opset 13 on, biases int32, which for "cpu" the runtime makes itself. Where a
-    layer's output passes through pooling, layout nodes, Add, Mul, Concat, Sigmoid or LeakyRelu on its way to another
-    layer, these are computed with integers too. Concat and what hands elements on have one grid on both sides, so that
-    it is a copy. AveragePool becomes a depthwise convolution where it can; FusedConv, HardSigmoid and HardSwish are
-    taken apart, because none has a fast 8-bit kernel.
+    channel for the target "cpu" or from opset 13 on, biases int32, which for "cpu" the runtime makes itself. The few
+    weights whose products could exceed the 16 bits in which x86-64 processors without VNNI add up pairs of them are
+    made smaller, so that every processor computes the same.
 
-    The few weights whose products could exceed the 16 bits in which x86-64 processors without VNNI add up pairs of them
-    are made smaller, so that every processor computes the same.
+    Where a layer's output passes through pooling, layout nodes, Add, Mul, Concat, Sigmoid or LeakyRelu on its way to
+    another layer, these are computed with integers too. Concat and what hands elements on have one grid on both sides,
+    so that it is a copy; a multiple of a value is the same integers on another grid. What has no fast 8-bit kernel is
+    written as what has one: AveragePool as a depthwise convolution, a Resize that repeats elements as Gathers, a
+    ConvTranspose whose windows do not overlap as Conv and a change of order, FusedConv, HardSigmoid and HardSwish as
+    their parts.
 
-    Matrix products are left to quantize-dynamic, which is as fast and more accurate, and ConvTranspose stays in
+    Matrix products are left to quantize-dynamic, which is as fast and more accurate. Other ConvTransposes stay in
     floating point.
 
     Attributes:
@@ -118,10 +125,15 @@ class QuantizeStatic(GraphPass):
                 summary = f"FusedConv into {', '.join(step.op for step in steps)}"
                 site = Site(self.name, "", first_output(node))
                 yield Edit(site, summary, functools.partial(_take_apart, node, steps, main, names))
-        for node, steps in hard_activations(main, ctx.shapes):
+        for node, steps in hard_activations(main, ctx.shapes, ctx.target):
             summary = f"{node.op_type} into {', '.join(step.op for step in steps)}"
             site = Site(self.name, "", first_output(node))
             yield Edit(site, summary, functools.partial(_take_apart, node, steps, main, names))
+        known = functools.partial(is_integer, main=main, shapes=ctx.shapes, target=ctx.target)
+        for node, size in separate_windows(main, ctx.shapes, known):
+            summary = "ConvTranspose into Conv and the order of its windows"
+            site = Site(self.name, "", first_output(node))
+            yield Edit(site, summary, functools.partial(write_windows, node, size, main, names))
         layers: list[Layer] = []
         for scope in scopes(model):
             for node in scope.graph:
@@ -132,8 +144,8 @@ class QuantizeStatic(GraphPass):
                     layers.append(found)
         if not layers or ctx.calibration is None:
             return
-        others = [b for node in main.graph if (b := between(node, main, ctx.shapes)) is not None]
-        seen = _Seen(layers, others, "percentile" if self.ranges == "auto" else self.ranges)
+        others = [b for node in main.graph if (b := between(node, main, ctx.shapes, ctx.target)) is not None]
+        seen = Seen(layers, others, "percentile" if self.ranges == "auto" else self.ranges)
         if self.correct_bias:
             seen.watch_means(layers)
         ctx.calibration.observe(model, seen.observers)
@@ -205,53 +217,11 @@ def _first_reason(values: Iterable[ir.Value], graph: _Graph) -> str | None:
     return next((r for v in values if (r := graph.reason(v)) is not None), None)
 
 
-class _Seen:
-    """What the values that may become integers take on: a histogram for each set that shares a grid."""
-
-    def __init__(self, layers: list[Layer], others: list[Between], method: Any) -> None:
-        self.ties = Ties(others)
-        self._method = method
-        self._histograms: dict[ir.Value, Histogram] = {}
-        self._grids: dict[ir.Value, Grid] = {}
-        self._means: dict[ir.Value, ChannelMeans] = {}
-        self.observers: dict[str, list[Observer]] = {}
-        passed = {v for b in others for v in b.results if self.ties.of(v) is self.ties.of(b.sources[0][1])}
-        sources = [*(x.source for x in layers), *(v for b in others for _, v in b.sources)]
-        for value in [*sources, *(x.result for x in layers), *(v for b in others for v in b.results)]:
-            histogram = self._histograms.setdefault(self.ties.of(value), Histogram())
-            # What is only handed on has been counted where it came from.
-            if constant_tensor(value) is None and value not in passed and value.name:
-                self.observers[value.name] = [histogram]
-
-    def watch_means(self, layers: Iterable[Layer]) -> None:
-        """Take in the means of what layers are applied to as well."""
-        for item in layers:
-            if item.source not in self._means and constant_tensor(item.source) is None:
-                self._means[item.source] = means = ChannelMeans()
-                self.observers.setdefault(item.source.name or "", []).append(means)
-
-    def means(self, value: ir.Value) -> Array | None:
-        """Return the means of a layer's input channels; None where they were not watched."""
-        return self._means[value].means if value in self._means else None
-
-    def histogram(self, value: ir.Value) -> Histogram:
-        return self._histograms[self.ties.of(value)]
-
-    def grid(self, value: ir.Value) -> Grid:
-        constant = constant_array(value)
-        if constant is not None:
-            return grids.asymmetric(*grids.value_range(constant))
-        key = self.ties.of(value)
-        if key not in self._grids:
-            low, high = value_range(self._histograms[key], self._method)
-            self._grids[key] = grids.asymmetric(np.asarray(low, np.float32), np.asarray(high, np.float32))
-        return self._grids[key]
-
-
 class _Graph:
     """The main graph with what was done to its layers and what lies between them."""
 
-    def __init__(self, scope: Scope, names: Names, seen: _Seen, ctx: Context) -> None:
+    def __init__(self, scope: Scope, names: Names, seen: Seen, ctx: Context) -> None:
+        self._scope = scope
         self._names = names
         self._seen = seen
         self._shapes = ctx.shapes
@@ -311,6 +281,26 @@ class _Graph:
 
     def quantize_between(self, item: Between) -> None:
         """Give a node between layers integers to compute with."""
+        integers = self._handed_on(item)
+        if integers is None:
+            self._surround(item)
+        else:
+            self.pairs.adopt(item.results[0], integers)
+
+    def _handed_on(self, item: Between) -> ir.Value | None:
+        """Return the integers of a node's result where they are those of its source, in another order or number."""
+        node = item.node
+        if self._seen.is_multiple(item.results[0]):
+            return self.pairs.integers(item.source)
+        times = repeated(node, self._scope, self._shapes)
+        builder = Builder(self._scope, self._names, node, first_output(node))
+        if times:
+            return repeat(self.pairs.integers(item.source), self._shapes.of(item.source) or (), times, builder)
+        if is_op(node, "MaxPool") and self._scope.opset < POOLS_INTEGERS:
+            return pool(self.pairs.integers(item.source), node, builder)
+        return None
+
+    def _surround(self, item: Between) -> None:
         for index, value in item.sources:
             item.node.replace_input_with(index, self.pairs.round(value))
         for value in item.results:

@@ -156,6 +156,13 @@ FUSED = {
         y = Conv(s, wide)""",
     "activated concat": "a = Conv(x, p0, b0) b = Conv(x, p1) s = Concat<axis = 1>(a, b) r = Relu(s) y = Conv(r, wide)",
     "resize": "a = Conv(x, p0, b0) s = Resize(a, , twice) y = Conv(s, p2)",
+    "uneven resize": """a = Conv(x, p0, b0)
+        s = Resize<coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">(a, , uneven) y = Conv(s, p2)""",
+    "scaled": "a = Conv(x, p0, b0) m = Mul(a, steep) g = Sigmoid(m) s = Mul(g, a) y = Conv(s, p2)",
+    "scaled twice": "a = Conv(x, p0, b0) m = Mul(steep, a) n = Mul(m, steep) s = Add(n, a) y = Conv(s, p2)",
+    "scaled and activated": "a = Conv(x, p0, b0) m = Mul(a, steep) r = Relu(m) y = Conv(r, p2)",
+    "scaled and joined": "a = Conv(x, p0, b0) m = Mul(a, gentle) s = Concat<axis = 1>(m, a) y = Conv(s, wide)",
+    "windows": "a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2]>(a, up, b1) r = Relu(s) y = Conv(r, p2)",
     "linear resize": 'a = Conv(x, p0, b0) s = Resize<mode = "linear">(a, , twice) y = Conv(s, p2)',
     "moves": """a = Conv(x, p0, b0) s = Transpose<perm = [0, 1, 3, 2]>(a) u = Unsqueeze(s, axis) v = Squeeze(u, axis)
         q = Reshape(v, shape) y = Conv(q, p2)""",
@@ -173,6 +180,10 @@ EXTRA = {
     "spatial": np.array([2, 3], np.int64),
     "wide": random(8, 16, 1, 1) / 4,
     "twice": np.array([1, 1, 2, 2], np.float32),
+    "uneven": np.array([1, 1, 3, 2], np.float32),
+    "steep": np.array(1.7, np.float32),
+    "gentle": np.array([0.9], np.float32),
+    "up": random(8, 8, 2, 2) / 3,
     "axis": np.array([2], np.int64),
     "shape": np.array([1, 8, 8, 18], np.int64),
     "first": np.array([1], np.int64),
@@ -338,7 +349,7 @@ def test_every_edit_can_be_left_out(tmp_path):
 
 
 def test_weights_of_float_layers_between_integers_are_not_rounded_by_the_runtime(tmp_path):
-    model = build("a = Conv(x, p0, b0) s = ConvTranspose(a, p1) r = Relu(s) y = Conv(r, p2)")
+    model = build("a = Conv(x, p0, b0) s = ConvTranspose(a, w1) r = Relu(s) y = Conv(r, p2)")
     original = model.clone()
     edits, refusals = apply(model)
     assert list(edits) == ["a", "y"]
@@ -352,7 +363,7 @@ def test_weights_of_float_layers_between_integers_are_not_rounded_by_the_runtime
     session(model, path)
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
     (node,) = [n for n in onnx.load(path).graph.node if n.op_type == "ConvTranspose"]
-    np.testing.assert_array_equal(weights[node.input[1]], original.graph.initializers["p1"].const_value.numpy())
+    np.testing.assert_array_equal(weights[node.input[1]], original.graph.initializers["w1"].const_value.numpy())
     assert error(original, model) < 0.06
 
 
@@ -474,10 +485,87 @@ def test_neighbours_fit_into_sixteen_bits_together():
         assert (np.abs(first) + np.abs(second))[(first > 0) == (second > 0)].max() <= 128
 
 
-def test_max_pool_takes_integers_from_opset_12_on():
-    body = "a = Conv(x, p0) m = MaxPool<kernel_shape = [2, 2]>(a) y = Conv(m, p1)"
-    assert list(apply(build(body, opset=11))[0]) == ["a", "y"]
-    assert list(apply(build(body, opset=12))[0]) == ["a", "y", "m"]
+@pytest.mark.parametrize(
+    ("opset", "target", "edits"), [(11, "portable", "ay"), (11, "cpu", "aym"), (12, "portable", "aym")]
+)
+def test_max_pool_of_integers_is_the_runtime_s_own_before_opset_12(opset, target, edits, tmp_path):
+    model = build(
+        "a = Conv(x, p0) m = MaxPool<kernel_shape = [3, 2], pads = [1, 0, 1, 1]>(a) y = Conv(m, p1)", opset=opset
+    )
+    original = model.clone()
+    assert list(apply(model, target=target)[0]) == list(edits)
+    assert [n.op_type for n in model.graph].count("NhwcMaxPool") == (target == "cpu")
+    assert kernels(model, tmp_path)["NhwcMaxPool"] == ("m" in edits)
+    assert error(original, model) < 0.06
+
+
+def test_a_multiple_is_the_same_integers_on_another_grid(tmp_path):
+    model = build(FUSED["scaled"], extra=EXTRA)
+    apply(model)
+    (node,) = [n for n in model.graph if n.op_type == "Sigmoid"]
+    restored = node.inputs[0].producer()
+    scales = [u.node for u in restored.inputs[0].uses() if u.node.op_type == "DequantizeLinear"]
+    found = [n.inputs[1].const_value.numpy() for n in scales]
+    assert sorted(float(scale / min(found)) for scale in found) == [1.0, pytest.approx(1.7)]
+    assert kernels(model, tmp_path)["QLinearMul"] == 1
+
+
+@pytest.mark.parametrize("case", ["resize", "uneven resize"])
+@pytest.mark.parametrize("sizes", ["1,8,12,12", "n,8,h,w"])
+def test_repeated_elements_are_those_of_resize(case, sizes, tmp_path):
+    feeds = [{"x": random(1, 8, 12, 12, seed=i)} for i in range(4)]
+    models = [build(FUSED[case], inputs=f"float[{sizes}] x", extra=EXTRA) for _ in range(2)]
+    assert "s" in apply(models[0], feeds)[0]
+    apply(models[1], feeds, deny=["s"])
+    assert [kernels(m, tmp_path)["Resize"] for m in models] == [0, 1]
+    feed = {"x": random(1, 8, 12, 12, seed=9) if sizes[0] == "1" else random(2, 8, 7, 5, seed=9)}
+    got, wanted = (session(m).run(None, feed)[0] for m in models)
+    np.testing.assert_array_equal(got, wanted)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        'coordinate_transformation_mode = "asymmetric", nearest_mode = "ceil"',
+        'coordinate_transformation_mode = "align_corners", nearest_mode = "floor"',
+        'coordinate_transformation_mode = "half_pixel", nearest_mode = "floor"',
+    ],
+)
+def test_other_resizes_stay_what_they_are(how, tmp_path):
+    model = build(f"a = Conv(x, p0, b0) s = Resize<{how}>(a, , twice) y = Conv(s, p2)", extra=EXTRA)
+    original = model.clone()
+    assert "s" in apply(model)[0]
+    assert kernels(model, tmp_path)["Resize"] == 1
+    assert error(original, model) < 0.06
+
+
+@pytest.mark.parametrize("sizes", ["1,8,12,12", "n,8,h,w"])
+@pytest.mark.parametrize(("height", "width", "bias"), [(2, 2, ", b1"), (3, 1, ""), (1, 2, ", b1")])
+def test_windows_apart_compute_what_conv_transpose_does(sizes, height, width, bias):
+    body = f"""a = Conv(x, p0, b0) s = ConvTranspose<strides = [{height}, {width}]>(a, k{bias}) r = Relu(s)
+        y = Conv(r, p2)"""
+    model = build(body, inputs=f"float[{sizes}] x", extra={"k": random(8, 8, height, width)})
+    original, feeds = model.clone(), [{"x": random(1, 8, 12, 12, seed=i)} for i in range(3)]
+    assert apply(model, feeds, deny=["a", "y", "s/Conv_output", "s/Relu_output"])[0].keys() == {"s"}
+    assert "ConvTranspose" not in {n.op_type for n in model.graph}
+    assert error(original, model, feeds) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "a = Conv(x, p0, b0) y = ConvTranspose<strides = [2, 2]>(a, up)",
+        "a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2]>(a, up) y = Sigmoid(s)",
+        "s = ConvTranspose<strides = [2, 2]>(x, up) y = Conv(s, p0)",
+        "a = Conv(x, p0, b0) s = ConvTranspose<strides = [1, 2]>(a, up) y = Conv(s, p1)",
+        "a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2], pads = [1, 1, 1, 1]>(a, up) y = Conv(s, p1)",
+        "a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2], group = 2>(a, up) y = Conv(s, thrice)",
+    ],
+)
+def test_other_conv_transposes_stay_in_floating_point(body):
+    model = build(body, extra={**EXTRA, "thrice": random(8, 16, 1, 1)})
+    assert "ONNX Runtime has no 8-bit kernel for ConvTranspose" in apply(model)[1].values()
+    assert "ConvTranspose" in {n.op_type for n in model.graph}
 
 
 @pytest.mark.parametrize("ranges", ["minmax", "percentile", "entropy", "mse"])
