@@ -74,8 +74,8 @@ def _share_right(scores: np.ndarray, label: np.ndarray) -> float:
     found = classes(scores)
     if label.size != found.size:
         raise DataError(
-            f"A label has {label.size} elements where the output, of shape {list(scores.shape)}, has {found.size} "
-            "positions to classify."
+            f"There are {label.size} labels for a sample whose output, of shape {list(scores.shape)}, takes "
+            f"{found.size}; give the labels of these samples alone, in their order."
         )
     if label.dtype.kind not in "iub" and not np.array_equal(label, np.floor(label)):
         raise DataError("top1 needs whole numbers as labels, the positions of the right classes.")

@@ -16,7 +16,7 @@ from onnxopt.report import removals, words
 ELSEWHERE = 5
 """Nodes named that do not run on the chosen provider."""
 
-NEAR = 0.02
+NEAR = 0.01
 """A ratio this near to that of the two latencies needs no word."""
 
 if TYPE_CHECKING:
@@ -309,8 +309,13 @@ def near_misses(done: PassReport) -> int:
 def compared(verification: Verification, data: str) -> str:
     """Return how the outputs were compared, in words."""
     how = "with the runtime's optimizations off" if verification.mode == "exact" else "as they will run"
-    tried = "".join(f", {words.printable(axis)} = {_listed(sizes)}" for axis, sizes in verification.shapes)
+    tried = "".join(f", {_axis(axis)} = {_listed(sizes)}" for axis, sizes in verification.shapes)
     return f"compared {how}, over {words.printable(data)}{tried}"
+
+
+def _axis(name: str) -> str:
+    """Return what an axis is called; "?" is what some exporters write for all of them."""
+    return "axes without a name" if name == "?" else words.printable(name)
 
 
 def _listed(sizes: Sequence[int]) -> str:

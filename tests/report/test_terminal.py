@@ -155,6 +155,11 @@ def test_a_ratio_that_is_not_that_of_the_latencies_shown_is_explained(make: Make
     assert told not in flat(to_text(make()))
 
 
+def test_axes_without_a_name_are_called_so(make: Make) -> None:
+    text = flat(to_text(make(verification={"shapes": (("?", (64, 96)), ("batch", (1, 2)))})))
+    assert ", axes without a name = 64 and 96, batch = 1 and 2" in text
+
+
 def test_nodes_on_another_provider_are_named(make: Make) -> None:
     names = tuple(f"Add add_{i}" for i in range(7))
     text = flat(to_text(make(measurement={"elsewhere": names, "provider": "cuda"})))
