@@ -21,6 +21,8 @@ MOST = 128
 """What the magnitudes of two neighbours of the same sign may add up to: 255 * 128 is within 16 bits."""
 EQUAL = MOST // 2
 """What all weights may be at once."""
+CHANNELS = 2
+"""What has more axes than these has places too."""
 LEVELS = (127, 112, 96, 80, EQUAL)
 """Integers that the largest weight of a channel may become. With the last one, no pair is too large."""
 
@@ -79,6 +81,54 @@ def fitting_integers(weight: Array, grid: Grid, orders: Sequence[Order]) -> Arra
     return result
 
 
+def held_orders(integers: Array) -> list[Order]:
+    """Return in which orders the sums of all neighbours fit into 16 bits: along one axis, and channels last.
+
+    Args:
+        integers: Weights of 8 bits with zero point 0.
+    """
+    rank = integers.ndim
+    orders: list[Order] = [(axis,) for axis in range(rank)]
+    if rank > CHANNELS:
+        orders.append((*range(2, rank), 1))
+    return [order for order in orders if not too_large(integers, [order]).any()]
+
+
+def too_large(integers: Array, orders: Sequence[Order]) -> Array:
+    """Return which weights are one of two neighbours whose sums do not fit into 16 bits.
+
+    Args:
+        integers: Whole numbers, any shape.
+        orders: In which orders products may be added up.
+
+    Returns:
+        Booleans, shaped like the weights.
+    """
+    result = np.zeros(integers.shape, bool)
+    for order in orders:
+        kept = tuple(i for i in range(integers.ndim) if i not in order)
+        view, found = integers.transpose(*kept, *order), result.transpose(*kept, *order)
+        rows = np.ascontiguousarray(view).reshape(*view.shape[: len(kept)], -1)
+        first, second = _neighbours(rows)
+        wide = _are_too_large(first, second)
+        marked = np.zeros(rows.shape, bool)
+        for part in _neighbours(marked):
+            part[...] = wide
+        found |= marked.reshape(view.shape)
+    return result
+
+
+def _neighbours(rows: Array) -> tuple[Array, Array]:
+    """Return the first and the second of each pair along the last axis, as views."""
+    end = rows.shape[-1] // 2 * 2
+    return rows[..., 0:end:2], rows[..., 1:end:2]
+
+
+def _are_too_large(first: Array, second: Array) -> Array:
+    together = np.abs(first.astype(np.int16)) + np.abs(second.astype(np.int16))
+    return np.asarray((together > MOST) & ((first > 0) == (second > 0)))
+
+
 def _square_errors(weight: Array, grid: Grid, orders: Sequence[Order]) -> Array:
     """Return the sum of square errors, one per scale of the grid; works on some channels at a time."""
     if grid.axis is None:
@@ -104,12 +154,11 @@ def _fit_pairs(weight: Array, order: Order) -> None:
     kept = tuple(i for i in range(weight.ndim) if i not in order)
     view = weight.transpose(*kept, *order)
     rows = view.reshape(*(view.shape[: len(kept)]), -1)
-    first, second = (rows[..., i : rows.shape[-1] // 2 * 2 : 2] for i in (0, 1))
-    a, b = np.abs(first.astype(np.int16)), np.abs(second.astype(np.int16))
-    at = np.nonzero((a + b > MOST) & ((first > 0) == (second > 0)))
+    first, second = _neighbours(rows)
+    at = np.nonzero(_are_too_large(first, second))
     if not len(at[0]):
         return
-    a, b = a[at], b[at]
+    a, b = np.abs(first[at].astype(np.int16)), np.abs(second[at].astype(np.int16))
     excess = a + b - MOST
     # The larger one gives the odd unit.
     more = excess // 2 + excess % 2 * (a >= b)

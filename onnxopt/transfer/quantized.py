@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from onnxopt.numeric import nbits
+from onnxopt.numeric import adjacent, nbits
 from onnxopt.transfer.tensors import Array, Reshaped, Store, Tensor, Unwritable
 
 LEVELS = {
@@ -80,6 +80,8 @@ class Dequantized:
         zero = None if self.zero is None else self.zero.read(store).astype(np.float64)
         if zero is None or np.all(zero == middle):
             step = np.maximum(-bottom, top) / (high - middle)
+            if self.dtype == ir.DataType.INT8 and not np.any(zero):
+                step = self._fitting(array, step, adjacent.held_orders(self.integers.read(store)))
             offset = np.full(step.shape, float(middle if zero is not None else 0))
         else:
             step = (top - bottom) / (high - low)
@@ -93,6 +95,17 @@ class Dequantized:
         # A symmetric grid of signed integers has no use for its lowest code.
         self.integers.write(np.clip(codes, low + 1 if zero is None and low < 0 else low, high), store)
         self._require_near(array, scale, store)
+
+    def _fitting(self, array: Array, step: Array, orders: list[adjacent.Order]) -> Array:
+        """Widen steps until sums of neighbours fit into 16 bits, as `numeric/adjacent.py` has it, where they did."""
+        finest = step
+        for levels in adjacent.LEVELS[1:]:
+            step = np.where(step < _SMALLEST, 1, step)
+            wide = adjacent.too_large(np.rint(array / self._spread(step.reshape(self.scale.shape))), orders)
+            if not wide.any():
+                break
+            step = np.where(self._reduced(wide, np.maximum) > 0, finest * adjacent.LEVELS[0] / levels, step)
+        return step
 
     def _write_sums(self, array: Array, store: Store) -> None:
         """Quantize a bias, whose scale is the product of two others and so is not for it to choose."""

@@ -15,8 +15,10 @@ from onnxopt.numeric.adjacent import (
     MOST,
     fitting_grid,
     fitting_integers,
+    held_orders,
     orders_of_convolution,
     orders_of_matrix,
+    too_large,
 )
 from onnxopt.runtime import open_session
 
@@ -139,3 +141,12 @@ def test_the_runtime_adds_up_convolutions_exactly(channels: int, groups: int, ke
             for j in range(size):
                 wanted[out, i, j] = (part[:, i : i + kernel, j : j + kernel] * integers[out].astype(int)).sum()
     assert np.abs(found[0].astype(int) - np.clip(np.rint(wanted / step) + 128, 0, 255)).max() <= 1
+
+
+def test_which_pairs_are_too_large_and_in_which_orders_none_is() -> None:
+    weight = np.array([[100, 29, -100, 29, 127], [100, 28, 1, 127, 127]], np.int8)
+    assert too_large(weight, [(1,)]).tolist() == [[True, True, False, False, False], [False] * 5]
+    assert held_orders(weight) == []
+    assert held_orders(weight[1:]) == [(0,), (1,)]
+    fitted = fitting_integers(draw((4, 6, 3, 3), 8), fitting_grid(draw((4, 6, 3, 3), 8), 0, ((2, 3, 1),)), ((2, 3, 1),))
+    assert (2, 3, 1) in held_orders(fitted)

@@ -11,6 +11,8 @@ import pytest
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
 
 import onnxopt
+from onnxopt.graph import constant_array
+from onnxopt.numeric import adjacent
 from onnxopt.transfer.to_real import in_real_numbers
 
 from .conftest import build, outputs
@@ -200,3 +202,21 @@ def test_a_wrong_parameter_does_not_pass_for_rounding(tmp_path: Path) -> None:
     assert result.certificate.verdict not in ("equal", "close")
     assert result.certificate.verification is not None
     assert not result.certificate.verification.ok
+
+
+def test_sums_that_fit_into_16_bits_still_do(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    feeds = [{"x": rng.normal(0, 1, (2, 3, 8, 8)).astype(np.float32)} for _ in range(4)]
+    np.savez(tmp_path / "x.npz", **{f"{i:04d}/x": feed["x"] for i, feed in enumerate(feeds)})
+    target = tmp_path / "int8.onnx"
+    data, source = str(tmp_path / "x.npz"), build(NET, NET_WEIGHTS, 1)
+    made = onnxopt.optimize(source, passes="quantize-static", target="cpu", data=data, max_error=np.inf, measure=False)
+    onnxopt.save(made.model, target)
+    result = onnxopt.transfer(build(NET, NET_WEIGHTS, 2), str(target), data=data)
+    weights = [t for v in result.model.graph.initializers.values() if (t := constant_array(v)) is not None]
+    before = [t for v in made.model.graph.initializers.values() if (t := constant_array(v)) is not None]
+    convolved = [w for w in weights if w.dtype == np.int8 and w.ndim == 4]
+    assert len(convolved) == 2
+    for weight in convolved:
+        assert not adjacent.too_large(weight, adjacent.orders_of_convolution(weight.shape, 1)).any()
+        assert not any(np.array_equal(weight, old) for old in before)
