@@ -162,7 +162,8 @@ def _passes(report: Report, console: Console, *, verbose: bool) -> None:
     if missed:
         model = shlex.quote(words.printable(report.model)) if report.model else "MODEL"
         passes = shlex.quote(words.printable(missed[0])) if len(missed) == 1 else "PASS"
-        hint = f"Why near misses were left alone: onnxopt explain {model} -p {passes}"
+        why = "" if verbose else "Why near misses were left alone: --verbose. "
+        hint = f"{why}Where: onnxopt explain {model} -p {passes}"
         console.print(Padding(Text(hint, style="dim"), (0, 0, 0, 2)))
 
 

@@ -76,7 +76,7 @@ def test_str_is_the_report(report: Report) -> None:
         "skipped fuse-conv-bn the model has no BatchNormalization. 12 ms",
         "crashed with ValueError: no.",
         "12 edits taken back, because they make it slower: 1.20 times the original's latency (95% interval 1.15 to 1.24)",
-        "onnxopt explain models/encoder.onnx -p remove-identities",
+        "Why near misses were left alone: --verbose. Where: onnxopt explain models/encoder.onnx -p remove-identities",
         "Nodes 1,234 1,190 -44 (-3.6%)",
         "Parameters 462,346 461,962 -384 (-0.1%)",
         "File size 1.85 MB 1.85 MB -1.54 kB (-0.1%)",
