@@ -76,7 +76,7 @@ def _tiles(report: Report) -> Iterable[Html]:
         words.size(after.bytes),
         size,
     )
-    yield _verified_tile(report.verification)
+    yield _verified_tile(report)
     measurement = report.measurement
     if measurement is None:
         yield _tile("Speed", "not measured", "", "warn")
@@ -89,15 +89,17 @@ def _tiles(report: Report) -> Iterable[Html]:
         yield _tile("Speed", text[0], text[2].rstrip(")"), "good" if faster else "bad")
 
 
-def _verified_tile(verification: Verification | None) -> Html:
+def _verified_tile(report: Report) -> Html:
+    verification = report.verification
     if verification is None:
         return _tile("Outputs", "not verified", "", "warn")
     if not verification.ok:
         return _tile("Outputs", "failed", f"worst deviation {words.deviation(verification.worst)}", "bad")
     worst = words.deviation(verification.worst)
-    return _tile(
-        "Outputs", "verified", f"worst deviation {worst} of the range" if verification.worst else "equal", "good"
-    )
+    how = f"worst deviation {worst} of the range" if verification.worst else "equal"
+    if summary.is_off_target(report):
+        return _tile("Outputs", f"not verified on {report.target}", f"only on the cpu: {how}", "warn")
+    return _tile("Outputs", "verified", how, "good")
 
 
 def _tile(label: str, figure: str, detail: str, style: str = "") -> Html:

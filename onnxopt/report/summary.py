@@ -75,7 +75,7 @@ def _metric(metric: MetricResult) -> str:
     return f"{words.printable(metric.name)} {metric.baseline:.4g} -> {metric.candidate:.4g}"
 
 
-def _is_off_target(report: Report) -> bool:
+def is_off_target(report: Report) -> bool:
     """Whether the result was run on a processor and is for something else."""
     return report.target == "cuda" and report.environment.provider.lower().startswith("cpu")
 
@@ -86,7 +86,7 @@ def _verified(report: Report) -> str:
         return "NOT VERIFIED"
     if not verification.ok:
         return "FAILED VERIFICATION"
-    off_target = _is_off_target(report)
+    off_target = is_off_target(report)
     how = verification.extent
     if verification.worst != 0:
         whose = "the range" if off_target else "the output's range"
@@ -97,7 +97,7 @@ def _verified(report: Report) -> str:
 def _measured(report: Report) -> str:
     if report.measurement is None:
         return "NOT MEASURED"
-    return f"on the cpu {speed(report.measurement)}" if _is_off_target(report) else speed(report.measurement)
+    return f"on the cpu {speed(report.measurement)}" if is_off_target(report) else speed(report.measurement)
 
 
 def speed(measurement: Measurement) -> str:
@@ -130,6 +130,8 @@ def not_done(report: Report, *, verify: bool, measure: bool) -> list[str]:
         measure: Whether a missing measurement is told.
     """
     reasons: dict[str, list[str]] = {}
+    if verify and is_off_target(report) and report.verification is not None:
+        reasons["outputs were compared on the cpu alone"] = [f"NOT VERIFIED ON {report.target.upper()}"]
     if verify and report.verification is None:
         reasons.setdefault(report.not_verified or "no reason is known", []).append("NOT VERIFIED")
     if measure and report.measurement is None:

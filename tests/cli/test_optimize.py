@@ -404,6 +404,10 @@ def test_a_target_that_is_not_here_is_told_in_the_headline(
     assert "The result is for cuda and could only be compared on the cpu." in told
     assert "install onnxruntime-gpu (onnxopt[gpu] brings it)" in told
     assert json.loads(report.read_text())["measurement"] is None
+    quiet = invoke("optimize", model, "--target", "cuda", "--report", tmp_path / "r.html", "-q", FAST)
+    assert quiet.stderr.startswith("Warning: NOT VERIFIED ON CUDA: outputs were compared on the cpu alone.")
+    page = (tmp_path / "r.html").read_text()
+    assert "not verified on cuda" in page and ">verified<" not in page
     assert "NOT VERIFIED ON" not in invoke("optimize", model, "--target", "cpu", FAST).stdout
 
 
