@@ -21,7 +21,7 @@ from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
 from onnxopt.patch import apply_patch
 from onnxopt.pipeline import RECIPES, Pipeline
-from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Objective, Report, SearchReport, SlowPass
+from onnxopt.report.data import OBJECTIVES, SCHEMA_VERSION, Comparison, Objective, Report, SearchReport, SlowPass
 from onnxopt.report.environment import environment
 from onnxopt.report.removals import reached
 from onnxopt.runtime import RunOptions
@@ -197,10 +197,11 @@ def carry_out(
         metric = _metric(ground.reference, outcome.model, ground.budget, ground.options, bench)
     with ground.clock("comparison"):
         comparison = compared(ground, outcome, measurement)
-    if not comparison:
+    if comparison is None:
         ground.clock.seconds.pop()
-    notes = tuple(filter(None, (not_run, comparison)))
-    return _result(ground, pipeline, outcome, measurement, slow, verification, metric, notes=notes)
+    notes = (not_run,) if not_run else ()
+    told = (outcome, measurement, slow, verification, metric)
+    return _result(ground, pipeline, *told, notes=notes, alone=comparison)
 
 
 def _replay(model: Source, patch: str | os.PathLike[str], settings: Settings, told: Sequence[str]) -> Result:
@@ -305,6 +306,7 @@ def _result(
     *,
     notes: tuple[str, ...] = (),
     search: SearchReport | None = None,
+    alone: Comparison | None = None,
 ) -> Result:
     """Put the report together."""
     bench, settings, parts = ground.bench, ground.settings, ground.parts
@@ -339,6 +341,7 @@ def _result(
             fixed_axes=tuple((settings.fix_shape or {}).items()),
             search=search,
             reached=tuple(reached(pipeline.passes, outcome.passes, measurement)),
+            alone=alone,
         ),
     )
 

@@ -169,6 +169,56 @@ class Reached:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Contender:
+    """A model in the comparison of a pruned result with quantization alone.
+
+    Attributes:
+        name: What it is, in a few words.
+        pipeline: Its lossy passes.
+        failure: Why there is no such model, or it does not run; empty when it does.
+        ratio: Its time by that of the original; None when it was not measured.
+        low: Lower end of the 95% interval of the ratio.
+        high: Upper end.
+        bytes: Size in files; None when there is no model.
+        worst: Worst deviation of an output relative to its range; None when quality was not looked at.
+        metric: The task metric; None when there is none, or quality was not looked at.
+    """
+
+    name: str
+    pipeline: str
+    failure: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    bytes: int | None
+    worst: float | None
+    metric: MetricResult | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Comparison:
+    """A pruned result beside the original quantized alone, on samples that neither learnt from.
+
+    Attributes:
+        result: The result; None when it could not be compared.
+        rivals: The original quantized in the ways that there are for it, and not pruned.
+        rival: Name of the rival that speaks most against pruning; empty when none runs as fast as the original.
+        ratio: Time of the result by that of this rival, measured in turns; None without one.
+        low: Lower end of the 95% interval of the ratio.
+        high: Upper end.
+        verdict: What was found and whether pruning is to be recommended, in sentences.
+    """
+
+    result: Contender | None
+    rivals: tuple[Contender, ...]
+    rival: str
+    ratio: float | None
+    low: float | None
+    high: float | None
+    verdict: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Report:
     """Everything one run did, gained and cost.
 
@@ -196,6 +246,7 @@ class Report:
         fixed_axes: Dynamic axes that were given a fixed size, as asked for.
         search: The candidates that were tried within a budget; None when nothing was searched.
         reached: What passes were asked to leave of the model, and what is left.
+        alone: A pruned result beside quantization alone; None where nothing was pruned, or no data to compare on.
     """
 
     schema_version: int
@@ -221,6 +272,7 @@ class Report:
     fixed_axes: tuple[tuple[str, int], ...] = ()
     search: SearchReport | None = None
     reached: tuple[Reached, ...] = ()
+    alone: Comparison | None = None
 
     @property
     def applied(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report import charts, pareto, removals, summary, tradeoff, words
+from onnxopt.report import alone, charts, pareto, removals, summary, tradeoff, words
 from onnxopt.report.markup import Html, joined, tag
 from onnxopt.report.style import STYLE
 from onnxopt.report.terminal import environment_line
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import PassReport, Site
     from onnxopt.removed import Removed
-    from onnxopt.report.data import Candidate, Report, SearchReport
+    from onnxopt.report.data import Candidate, Comparison, Report, SearchReport
     from onnxopt.verify import Verification
 
 EDITS = 500
@@ -121,6 +121,8 @@ def _sections(report: Report) -> Iterable[Html]:
         yield _section("Widths", *_widths([line.removed for table in removed for line in table.lines]))
     for table in removed:
         yield _section("Removed", *_removed(table, report))
+    if report.alone is not None:
+        yield _section(alone.TITLE, *_alone(report.alone))
     if report.verification is not None:
         yield _section("Outputs", *_outputs(report.verification, report.data))
     if report.passes:
@@ -270,6 +272,18 @@ def _removed_row(line: removals.Line) -> Html:
         *(tag("td", cell, class_="number") for cell in (expected, measured)),
         tag("td", *layers, class_="name dim"),
     )
+
+
+def _alone(comparison: Comparison) -> Iterable[Html]:
+    """List a pruned result and what it was compared with, and say which is to be recommended."""
+    rows = [
+        tag("tr", tag("th", name, scope="row"), *(tag("td", cell, class_="number") for cell in cells))
+        for name, *cells in alone.lines(comparison)
+    ]
+    if rows:
+        yield _table(alone.titles(comparison), rows, numbers=(1, 2, 3))
+    for text in alone.sentences(comparison):
+        yield tag("p", text)
 
 
 def _search(search: SearchReport) -> Iterable[Html]:

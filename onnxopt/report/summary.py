@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnxopt.contract import PassReport
     from onnxopt.measure import Latency, Measurement
     from onnxopt.metrics import MetricResult
-    from onnxopt.report.data import Candidate, FloatLayer, Report, SearchReport, SlowPass
+    from onnxopt.report.data import Candidate, Contender, FloatLayer, Report, SearchReport, SlowPass
     from onnxopt.verify import Verification
 
 
@@ -234,15 +234,15 @@ def searched(search: SearchReport) -> str:
     )
 
 
-def candidate_cells(candidate: Candidate) -> tuple[str, str, str]:
-    """Return speed, size and quality of a candidate."""
+def candidate_cells(candidate: Candidate | Contender) -> tuple[str, str, str]:
+    """Return speed, size and quality of a candidate of a search or a comparison."""
     ratio = candidate.ratio
     speed = "-" if ratio is None else words.factor(1 / ratio)
     size = "-" if candidate.bytes is None else words.size(candidate.bytes)
     return speed, size, _quality(candidate)
 
 
-def _quality(candidate: Candidate) -> str:
+def _quality(candidate: Candidate | Contender) -> str:
     metric = candidate.metric
     if metric is None:
         return "-" if candidate.worst is None else f"deviates {words.deviation(candidate.worst)}"

@@ -13,12 +13,12 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from onnxopt.report import removals, summary, words
+from onnxopt.report import alone, removals, summary, words
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
     from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
-    from onnxopt.report.data import Candidate, Environment, Report, SearchReport
+    from onnxopt.report.data import Candidate, Comparison, Environment, Report, SearchReport
     from onnxopt.verify import Verification
 
 SITES = 2
@@ -69,6 +69,8 @@ def render(report: Report, console: Console, verbose: bool = False) -> None:
         _passes(report, console, verbose=verbose)
     _removed(report, console, verbose=verbose)
     _comparison(report, console)
+    if report.alone is not None:
+        _alone(report.alone, console)
     if report.verification is not None and report.verification.outputs:
         outputs(report.verification, console, data=report.data, verbose=verbose)
     _notes(report, console)
@@ -308,6 +310,23 @@ def rows(compared: Sequence[summary.Row], console: Console, titles: tuple[str, s
         # as Text, because rich reads markup in strings, and a metric's name may hold some
         table.add_row(Text(row.label), Text(row.before), Text(row.after, style="bold"), Text(row.change))
     console.print(Padding(table, (0, 0, 0, 1)))
+
+
+def _alone(comparison: Comparison, console: Console) -> None:
+    """List a pruned result and what it was compared with, and say which is to be recommended."""
+    _heading(alone.TITLE, console)
+    found = alone.lines(comparison)
+    if found:
+        table = _table()
+        name, *figures = alone.titles(comparison)
+        table.add_column(name, ratio=1, overflow="fold")
+        for title in figures:
+            table.add_column(title, justify="right", no_wrap=True)
+        for line in found:
+            table.add_row(*map(Text, line))
+        console.print(Padding(table, (0, 0, 0, 1)))
+    for text in alone.sentences(comparison):
+        console.print(Padding(Text(text), (0, 0, 0, 2)))
 
 
 def _table() -> Table:

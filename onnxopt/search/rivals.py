@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from onnxopt import manager, metrics
+from onnxopt.analysis.inspect import summary_stats
 from onnxopt.errors import DataError, OnnxOptError
 from onnxopt.pipeline import Pipeline
+from onnxopt.report.data import Comparison, Contender
 from onnxopt.report.words import deviation, factor
 from onnxopt.search.decision import Limits, Record, Speed
 from onnxopt.search.hunt import laboratory, proposals
@@ -31,7 +33,7 @@ Order = Literal[-1, 0, 1]
 """-1 when the first of two is better, 1 when the second is, 0 when no difference is shown."""
 
 
-def compared(ground: Ground, outcome: manager.Outcome, measurement: Measurement | None) -> str:
+def compared(ground: Ground, outcome: manager.Outcome, measurement: Measurement | None) -> Comparison | None:
     """Compare a pruned result with the original quantized alone, on samples that neither learnt from.
 
     Args:
@@ -40,19 +42,21 @@ def compared(ground: Ground, outcome: manager.Outcome, measurement: Measurement 
         measurement: How fast it is.
 
     Returns:
-        What was found, in sentences; empty where nothing was pruned, or where there is nothing to compare on.
+        What was found; None where nothing was pruned, or where there is nothing to compare on.
     """
-    pruned = any(done.name in PRUNERS and done.applied for done in outcome.passes)
+    pruned = ",".join(done.spec for done in outcome.passes if done.name in PRUNERS and done.applied)
     if not pruned or ground.parts is None or measurement is None or ground.bench.not_verified:
-        return ""
+        return None
     speed = Speed(measurement.ratio, measurement.low, measurement.high, effort=1)
     try:
-        return _compared(ground, outcome, Record("this result", "pruned", speed=speed))
+        return _compared(
+            ground, outcome, Record("this result", pruned, bytes=summary_stats(outcome.model).bytes, speed=speed)
+        )
     except OnnxOptError as error:
-        return f"It could not be compared with quantization alone: {error}"
+        return _incomparable(str(error))
 
 
-def _compared(ground: Ground, outcome: manager.Outcome, own: Record) -> str:
+def _compared(ground: Ground, outcome: manager.Outcome, own: Record) -> Comparison:
     progress = Labelled(ground.settings.progress)
     progress.label = "for comparison, without pruning"
     base = ground.run(Pipeline.recipe("lossless"))(Denials(), True)
@@ -64,12 +68,35 @@ def _compared(ground: Ground, outcome: manager.Outcome, own: Record) -> str:
             record = lab.examine(proposal, {})
             rivals[record.name] = proposal, record
     if own.failure:
-        return f"It could not be compared with quantization alone: {own.failure}."
+        return _incomparable(f"{own.failure}.")
     records = [record for _, record in rivals.values()]
+    told = tuple(_contender(record) for record in records if record.applies)
     rival = strongest(own, records)
     if rival is None:
-        return unrivalled(records)
-    return verdict(own, rival, lab.against(outcome.model, rivals[rival.name][0]))
+        return Comparison(_contender(own), told, "", None, None, None, unrivalled(records))
+    against = lab.against(outcome.model, rivals[rival.name][0])
+    times = (against.ratio, against.low, against.high)
+    return Comparison(_contender(own), told, rival.name, *times, verdict(own, rival, against))
+
+
+def _incomparable(reason: str) -> Comparison:
+    text = f"It could not be compared with quantization alone: {reason}"
+    return Comparison(None, (), "", None, None, None, text)
+
+
+def _contender(record: Record) -> Contender:
+    speed = record.speed
+    return Contender(
+        record.name,
+        record.pipeline,
+        record.failure,
+        ratio=None if speed is None else speed.ratio,
+        low=None if speed is None else speed.low,
+        high=None if speed is None else speed.high,
+        bytes=record.bytes,
+        worst=record.worst,
+        metric=record.metric,
+    )
 
 
 def _metric(ground: Ground) -> str | None:

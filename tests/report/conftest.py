@@ -15,6 +15,8 @@ from onnxopt.removed import Change, Damage, Fit, Removed, Width
 from onnxopt.report.data import (
     SCHEMA_VERSION,
     Candidate,
+    Comparison,
+    Contender,
     Environment,
     FloatLayer,
     Reached,
@@ -239,6 +241,15 @@ def removals(make: Callable[..., Any]) -> Any:
     """Return a report of a pass that made groups narrower."""
     goal = Reached("prune-channels{latency=0.85}", "time", 0.85, 0.862, 0.84, 0.88)
     return make(passes=(*passes(), pruned()), reached=(goal,))
+
+
+@pytest.fixture
+def beside() -> Comparison:
+    """A pruned result beside quantization alone: one that is faster, and one that does not run."""
+    own = Contender("this result", "prune-channels", "", 0.5, 0.48, 0.52, 900_000, 0.2, METRIC)
+    int8 = Contender("static [int8]", "quantize-static", "", 0.4, 0.38, 0.42, 400_000, 0.1, METRIC)
+    failed = Contender("half", "convert-float16", "it does not run", None, None, None, None, None, None)
+    return Comparison(own, (int8, failed), int8.name, 1.25, 1.2, 1.3, "Pruning is not to be recommended here.")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
-from onnxopt.report.data import SCHEMA_VERSION, Environment, Report, SlowPass
+from onnxopt.report.data import SCHEMA_VERSION, Comparison, Environment, Report, SlowPass
 from onnxopt.report.json import plain, to_json
 
 SCHEMA = Path(__file__).parents[2] / "docs" / "report-schema.md"
@@ -38,9 +38,9 @@ def dataclasses_in(value: Any) -> Iterator[Any]:
 
 
 @pytest.fixture
-def full(make: Callable[..., Report], removals: Report) -> Report:
+def full(make: Callable[..., Report], removals: Report, beside: Comparison) -> Report:
     """A report in which every type is found."""
-    return make(metric={}, search={}, passes=removals.passes, reached=removals.reached)
+    return make(metric={}, search={}, passes=removals.passes, reached=removals.reached, alone=beside)
 
 
 def test_the_document_names_every_field_and_no_other(full: Report) -> None:

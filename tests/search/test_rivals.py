@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,28 @@ def test_a_pruned_model_is_compared_where_there_is_data(tmp_path: Path, *, data:
     np.savez(tmp_path / "images.npz", image=images)
     given = ["--data", tmp_path / "images.npz"] if data else []
     model, passes = MODELS / "mnist_cnn.onnx", "prune-channels{ratio=0.5}"
-    arguments = ["optimize", model, "-o", tmp_path / "out.onnx", "--passes", passes, "--max-error", "inf", *given]
+    told = ["--report", tmp_path / "report.json"]
+    arguments = [
+        "optimize",
+        model,
+        "-o",
+        tmp_path / "out.onnx",
+        "--passes",
+        passes,
+        "--max-error",
+        "inf",
+        *given,
+        *told,
+    ]
     result = CliRunner().invoke(cli, [str(a) for a in arguments], env={"COLUMNS": "400"})
     assert result.exit_code == 0, result.output
     assert ("Tried for comparison without pruning, " in result.output) is data
     assert ("top1 drops by" in result.output) is data
+    found = json.loads((tmp_path / "report.json").read_text())["alone"]
+    assert (found is not None) is data
+    if data:
+        assert found["rival"] in {rival["name"] for rival in found["rivals"]}
+        assert found["low"] <= found["ratio"] <= found["high"]
+        assert found["result"]["pipeline"] == passes
+        assert found["result"]["bytes"] > 0
+        assert found["verdict"] in " ".join(result.output.split())
