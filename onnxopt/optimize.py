@@ -26,7 +26,7 @@ from onnxopt.report.environment import environment
 from onnxopt.report.removals import reached
 from onnxopt.runtime import RunOptions
 from onnxopt.search.hunt import Hunt, any_learns, proposals
-from onnxopt.search.rivals import compared
+from onnxopt.search.rivals import PRUNERS, compared
 from onnxopt.trial import Denials
 from onnxopt.verify import Verification
 
@@ -227,9 +227,18 @@ def _replay(model: Source, patch: str | os.PathLike[str], settings: Settings, to
         not_run = bench.branches_not_run(result)
         metric = _metric(ground.reference, result, ground.budget, ground.options, bench)
     note = f"Made again from {os.fspath(patch)}, which holds the result of {_in_words(history.pipeline)}."
-    notes = (note, not_run) if not_run else (note,)
+    notes = tuple(filter(None, (note, _not_listed(history.pipeline), not_run)))
     replayed = Pipeline((), "replay")
     return _result(ground, replayed, outcome, measurement, (), verification, metric, notes=notes)
+
+
+def _not_listed(pipeline: str) -> str:
+    """Say why no removed groups are listed of a pipeline that prunes; nothing of others."""
+    if not any(name in pipeline for name in PRUNERS):
+        return ""
+    return (
+        "A patch holds the result, not how it came about: which groups were removed stands in the report of that run."
+    )
 
 
 def _in_words(pipeline: str) -> str:

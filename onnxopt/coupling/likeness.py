@@ -20,6 +20,7 @@ from onnxopt.coupling.importance import Scores, squared_norms
 from onnxopt.coupling.partition import Ints
 from onnxopt.coupling.removal import Removal
 from onnxopt.coupling.stored import stored
+from onnxopt.graph import bodies
 from onnxopt.numeric import merging
 from onnxopt.numeric.gram import Gram
 
@@ -60,8 +61,8 @@ def rounded(group: Group) -> bool:
     return any(member.consumes and member.tensor.dtype not in FLOATS for member in group.members)
 
 
-def inseparable(group: Group, coupling: Coupling) -> bool:
-    """Whether units are also multiplied by other results, which cannot be summed up ahead."""
+def inseparable(group: Group, coupling: Coupling) -> str:
+    """Return why slices of what units are multiplied by cannot be summed up ahead; empty when they can."""
     roots = set(group.roots.tolist())
     consumers = {(m.value, m.axis) for m in group.members if m.consumes}
     for sink in coupling.sinks:
@@ -69,7 +70,28 @@ def inseparable(group: Group, coupling: Coupling) -> bool:
         if value is not None and stored(value, sink.axis) not in consumers:
             labels = coupling.labels_of(value, sink.axis)
             if labels is not None and not roots.isdisjoint(labels.tolist()):
-                return True
+                return _unsummable(value)
+    return ""
+
+
+def _unsummable(value: ir.Value) -> str:
+    producer = value.producer()
+    if producer is None or _varies(value):
+        return "it is also multiplied by other results, which cannot be summed up ahead"
+    return f"a weight behind it is computed in the graph, by {producer.op_type}, and not stored as one constant"
+
+
+def _varies(value: ir.Value) -> bool:
+    """Whether a value depends on an input of the model, or may."""
+    seen, waiting = set(), [value]
+    while waiting:
+        node = waiting.pop().producer()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if any(v is not None and v.is_graph_input() for v in node.inputs) or any(bodies(node)):
+            return True
+        waiting += [v for v in node.inputs if v is not None]
     return False
 
 

@@ -81,10 +81,8 @@ class MergeChannels(GraphPass):
                 yield Refusal(sites[group.name], f"its {group.units} {group.noun} are too few to merge any")
             elif rounded(group):
                 yield Refusal(sites[group.name], "a weight behind it is quantized, and sums of its slices would not be")
-            elif inseparable(group, coupling):
-                yield Refusal(
-                    sites[group.name], "it is also multiplied by other results, which cannot be summed up ahead"
-                )
+            elif reason := inseparable(group, coupling):
+                yield Refusal(sites[group.name], reason)
             else:
                 wanted[group.name] = counts[group.name]
         # All of it before the first edit: the model that is looked at is the original.

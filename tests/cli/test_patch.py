@@ -23,6 +23,20 @@ def test_the_command_line_writes_and_replays(tmp_path: Path, invoke: Invoke) -> 
     assert Path(out).read_bytes() == Path(again).read_bytes()
 
 
+def test_a_replay_says_why_it_lists_no_removed_groups(tmp_path: Path, invoke: Invoke) -> None:
+    model, patch = str(MODELS / "mnist_cnn.onnx"), str(tmp_path / "p")
+    passes = ("--passes", "prune-channels{ratio=0.5,repair=false}", "--max-error", "inf")
+    assert invoke("optimize", model, *passes, "--patch", patch, "--no-measure").exit_code == 0
+    result = invoke("optimize", model, "--replay", patch, "--no-measure", "--max-error", "inf")
+    assert result.exit_code == 0, result.output
+    told = "which groups were removed stands in the report of that run."
+    assert told in " ".join(result.output.split())
+    assert invoke("optimize", model, "--patch", patch, "--no-measure").exit_code == 0
+    lossless = invoke("optimize", model, "--replay", patch, "--no-measure")
+    assert lossless.exit_code == 0, lossless.output
+    assert told not in " ".join(lossless.output.split())
+
+
 def test_the_command_line_refuses_a_replay_with_passes(tmp_path: Path, invoke: Invoke) -> None:
     result = invoke("optimize", str(MODELS / "mnist_cnn.onnx"), "--replay", "x", "--passes", "fuse-gelu")
     assert result.exit_code == 2

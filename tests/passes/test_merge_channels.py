@@ -118,6 +118,18 @@ def test_what_is_multiplied_by_other_results_is_left_alone():
     ]
 
 
+def test_a_weight_behind_that_the_graph_computes_is_named_as_that():
+    model = build(
+        """(float[4,8] x) => (float[4,3] y) {
+        a = MatMul(x, u) t = Relu(a) c = Cast <to = 1> (v) m = Mul(c, s) y = MatMul(t, m) }""",
+        u=random(8, 32), v=np.arange(96, dtype=np.int8).reshape(32, 3), s=np.float32([0.01]),
+    )  # fmt: skip
+    found = [item for item in MergeChannels().run(model, context(model)) if isinstance(item, Refusal)]
+    assert [item.reason for item in found] == [
+        "a weight behind it is computed in the graph, by Mul, and not stored as one constant"
+    ]
+
+
 def test_gated_neurons_are_judged_by_both_weights_that_make_them():
     half = random(16, 8)
     model = build(
