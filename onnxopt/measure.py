@@ -25,7 +25,8 @@ from onnxopt.compare.narrowing import narrowed
 from onnxopt.contract import Progress, Silent
 from onnxopt.errors import DataError
 from onnxopt.feeds import Feed
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 from onnxopt.timing import stopwatch
 from onnxopt.timing.memory import peak_mb
 

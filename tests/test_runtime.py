@@ -15,6 +15,7 @@ from onnxopt import model as models
 from onnxopt import runtime
 from onnxopt.errors import RuntimeFailure, UsageError
 from onnxopt.runtime import RunOptions, evaluate_node, open_session
+from onnxopt.session.loaded import ValueInfo
 
 LARGE = 5000
 """Elements of an initializer that does not go into the session's proto."""
@@ -79,7 +80,7 @@ def test_runs_a_path(tmp_path: Path) -> None:
 
 def test_describes_inputs_and_outputs() -> None:
     with open_session(parse("g (float[N, 3] x) => (float[N, 3] y) { y = Neg(x) }"), optimized=False) as session:
-        assert session.inputs == (runtime.ValueInfo("x", "tensor(float)", ("N", 3)),)
+        assert session.inputs == (ValueInfo("x", "tensor(float)", ("N", 3)),)
         assert session.outputs[0].name == "y"
         assert session.load_seconds > 0
 

@@ -16,6 +16,7 @@ from onnxopt import runtime
 from onnxopt.compare import yardstick
 from onnxopt.contract import Guarantee
 from onnxopt.errors import DataError, RuntimeFailure, UsageError
+from onnxopt.session.loaded import Session
 from onnxopt.verify import Verification, Verifier
 
 # `onnxopt.verify` is the function
@@ -318,7 +319,7 @@ def when_optimized(monkeypatch: pytest.MonkeyPatch, target: ir.Model, instead: i
     """Let the runtime's optimizations turn one model into another."""
     real = runtime.open_session
 
-    def fake(source: Any, options: Any = None, *, optimized: bool) -> runtime.Session:
+    def fake(source: Any, options: Any = None, *, optimized: bool) -> Session:
         return real(instead if source is target and optimized else source, options, optimized=optimized)
 
     monkeypatch.setattr(verify, "open_session", fake)
@@ -357,7 +358,7 @@ def test_a_candidate_must_run_with_optimizations_on(monkeypatch: pytest.MonkeyPa
 def test_an_original_that_only_runs_optimized_is_compared_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     real = runtime.open_session
 
-    def fake(source: Any, options: Any = None, *, optimized: bool) -> runtime.Session:
+    def fake(source: Any, options: Any = None, *, optimized: bool) -> Session:
         if not optimized:
             raise RuntimeFailure("No kernel.")
         return real(source, options, optimized=True)
@@ -376,7 +377,7 @@ def test_a_provider_is_used_where_the_cpu_lacks_an_operator(monkeypatch: pytest.
     only_on_device = add(0)
     opened: list[tuple[str, bool]] = []
 
-    def fake(source: Any, options: Any = None, *, optimized: bool) -> runtime.Session:
+    def fake(source: Any, options: Any = None, *, optimized: bool) -> Session:
         opened.append((options.provider, optimized))
         if source is only_on_device and options.provider == "cpu":
             raise RuntimeFailure("No kernel.")
@@ -513,7 +514,7 @@ def test_reference_outputs_are_computed_once(monkeypatch: pytest.MonkeyPatch) ->
     opened: list[Any] = []
     real = runtime.open_session
 
-    def counting(source: Any, options: Any = None, *, optimized: bool) -> runtime.Session:
+    def counting(source: Any, options: Any = None, *, optimized: bool) -> Session:
         opened.append(source)
         return real(source, options, optimized=optimized)
 

@@ -15,7 +15,8 @@ from onnxopt.calibrate.walk import Walk
 from onnxopt.calibrate.watched import revealing
 from onnxopt.contract import Calibration, JointObserver, Observer, Progress, Silent, Stop
 from onnxopt.feeds import Data, Feed
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 FETCH_BYTES = 256 << 20
 """Values that are fetched in one run may take up this much; the rest is fetched in further runs of the sample."""

@@ -16,7 +16,8 @@ from onnxopt.contract import JointObserver, Progress, Stop
 from onnxopt.feeds import Data, Feed
 from onnxopt.graph import bodies
 from onnxopt.proto.collector import garbage_collection_paused
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 CUT_BYTES = 512 << 20
 """What is kept of one model between two stops. Beyond it the next part begins where the last one that fitted did."""

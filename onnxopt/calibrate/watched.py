@@ -9,7 +9,8 @@ import onnx_ir as ir
 
 from onnxopt.calibrate.walk import reads
 from onnxopt.feeds import Feed
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 
 class Watched:

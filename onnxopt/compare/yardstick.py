@@ -13,7 +13,8 @@ from onnxopt.compare.deviation import Difference, Extent, blank, difference, dif
 from onnxopt.compare.tolerance import Rounding
 from onnxopt.errors import RuntimeFailure
 from onnxopt.feeds import Feed
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 SPREAD_FACTOR = 3.0
 """An exact result may differ by this many times what the original differs by between optimizations off and on."""

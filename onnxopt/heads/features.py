@@ -13,7 +13,8 @@ from onnxopt.errors import DataError, RuntimeFailure
 from onnxopt.feeds import Data, Feed
 from onnxopt.graph import Names, all_nodes
 from onnxopt.probe.classifier import Array
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 BATCH = 64
 """Samples that are run at once where the model takes any number."""

@@ -22,7 +22,8 @@ from onnxopt.metrics.ranks import Spearman
 from onnxopt.metrics.result import MetricResult, Outputs, Score
 from onnxopt.metrics.sequences import Sequences
 from onnxopt.registry import nearest
-from onnxopt.runtime import RunOptions, Session, open_session
+from onnxopt.runtime import RunOptions, open_session
+from onnxopt.session.loaded import Session
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 

@@ -1,6 +1,6 @@
 """Values on their way into and out of ONNX Runtime, the element types that numpy lacks included.
 
-Every function that makes an OrtValue takes the `onnxruntime` module, which only `onnxopt.runtime` imports.
+Every function that makes an OrtValue takes the `onnxruntime` module, which only `onnxopt.session.ort` imports.
 """
 
 from __future__ import annotations
