@@ -18,6 +18,7 @@ from onnxopt import model as models
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.calibrate.collector import calibration
 from onnxopt.compare.branches import never_run
+from onnxopt.compare.verdict import Verification
 from onnxopt.contract import TARGETS, Context, GraphPass, Guarantee, Progress, Silent, Target
 from onnxopt.errors import RuntimeFailure, UsageError, VerificationError
 from onnxopt.feeds import Data, Feed
@@ -30,7 +31,7 @@ from onnxopt.registry import nearest
 from onnxopt.report.data import Objective
 from onnxopt.runtime import RunOptions
 from onnxopt.trial import Denials
-from onnxopt.verify import Verification, Verifier
+from onnxopt.verify import Verifier
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
 

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from onnxopt import manager, metrics, slowness
 from onnxopt.analysis.inspect import summary_stats
+from onnxopt.compare.verdict import Verification
 from onnxopt.contract import Context, GraphPass, Progress, Silent, Target
 from onnxopt.errors import UsageError
 from onnxopt.feeds import Data
@@ -28,7 +29,6 @@ from onnxopt.runtime import RunOptions
 from onnxopt.search.hunt import Hunt, any_learns, proposals
 from onnxopt.search.rivals import PRUNERS, compared
 from onnxopt.trial import Denials
-from onnxopt.verify import Verification
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

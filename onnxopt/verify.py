@@ -24,9 +24,10 @@ from onnxopt import model as models
 from onnxopt.compare import structure, ties
 from onnxopt.compare.deviation import difference, differing, extent, nbytes
 from onnxopt.compare.narrowing import narrowed
-from onnxopt.compare.tally import OutputDeviation, Tally
+from onnxopt.compare.tally import Tally
 from onnxopt.compare.tolerance import Rounding, roundings
-from onnxopt.compare.yardstick import Mode, Original, Outputs, Ruler, make_ruler
+from onnxopt.compare.verdict import Verification, refused, sizes
+from onnxopt.compare.yardstick import Original, Outputs, Ruler, make_ruler
 from onnxopt.contract import Guarantee
 from onnxopt.errors import DataError, OnnxOptError, RuntimeFailure, UsageError
 from onnxopt.feeds import Data, Feed
@@ -48,41 +49,6 @@ _OPTIMIZED = "with the runtime's optimizations on"
 _UNSTABLE = "differs between two runs of the original"
 
 Source = str | os.PathLike[str] | onnx.ModelProto | ir.Model
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Verification:
-    """The verdict on a model.
-
-    Attributes:
-        ok: Whether it may take the place of the reference.
-        reason: Why not, in one sentence that begins in lower case and ends without a period; empty when it may.
-        mode: "exact": with the runtime's optimizations off; "as run": with them on.
-        outputs: One entry per output, in the model's order; none when it did not come to a comparison.
-        feeds: Number of input sets that were run.
-        worst: The largest `relative` of all outputs.
-        shapes: Dynamic axes and the sizes that were tried, e.g. (("batch", (1, 2)),).
-        notes: What else there is to know, in words.
-    """
-
-    ok: bool
-    reason: str
-    mode: Mode
-    outputs: tuple[OutputDeviation, ...]
-    feeds: int
-    worst: float
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def extent(self) -> str:
-        """How far the outputs were found equal, in words, for when nothing deviates."""
-        compared = sum(output.compared for output in self.outputs)
-        if compared == len(self.outputs):
-            return "outputs are equal"
-        if compared == 0:
-            return "no values could be compared, only types and shapes"
-        return f"values of {compared} of {len(self.outputs)} outputs could be compared and are equal"
 
 
 def verify(
@@ -186,7 +152,7 @@ class Verifier:
         """
         complaint = self._complaint(candidate, guarantee)
         if complaint:
-            return _refused(complaint, "exact" if guarantee is Guarantee.EXACT else "as run")
+            return refused(complaint, "exact" if guarantee is Guarantee.EXACT else "as run")
         if guarantee is Guarantee.REDEFINES:
             return self._runs(candidate)
         if guarantee is Guarantee.APPROXIMATE:
@@ -216,8 +182,8 @@ class Verifier:
                     for feed in feeds:
                         session.run(feed)
         except (RuntimeFailure, DataError) as failure:
-            return _refused(_clause(failure), "as run")
-        return Verification(True, "", "as run", (), len(feeds), 0.0, _sizes(candidate, feeds))
+            return refused(_clause(failure), "as run")
+        return Verification(True, "", "as run", (), len(feeds), 0.0, sizes(candidate, feeds))
 
     def _lossy(self, candidate: ir.Model, max_error: float) -> Verification:
         """Compare with optimizations on; integers that are no index count by their distance."""
@@ -233,12 +199,12 @@ class Verifier:
                     else:
                         tally.add(difference(reference[name], outputs[name], tally.allowed))
         except RuntimeFailure as failure:
-            return _refused(_clause(failure), "as run")
+            return refused(_clause(failure), "as run")
         return self._verdict(tallies, original)
 
     def _exact(self, candidate: ir.Model) -> Verification:
         """Compare in the first setting that both models run in."""
-        refused: Verification | None = None
+        refusal: Verification | None = None
         failed: RuntimeFailure | None = None
         for options, optimized in self._settings():
             original = self._original(options, optimized, EXACT_FEEDS)
@@ -248,13 +214,13 @@ class Verifier:
             try:
                 return self._exact_in(candidate, original)
             except RuntimeFailure as failure:
-                refused = refused or _refused(_clause(failure), original.mode)
+                refusal = refusal or refused(_clause(failure), original.mode)
                 if options == self._options:
                     break
-        if refused is None:
+        if refusal is None:
             assert failed is not None, "there is at least one setting"
             raise failed
-        return refused
+        return refusal
 
     def _settings(self) -> list[tuple[RunOptions, bool]]:
         """How an exact comparison may be run, best first.
@@ -287,7 +253,7 @@ class Verifier:
             with contextlib.closing(_pairs(original, candidate)) as pairs:
                 number, reference, outputs = next(pairs)
         except RuntimeFailure as failure:
-            return _refused(f"{_OPTIMIZED} it does not run: {_clause(failure)}", "as run")
+            return refused(f"{_OPTIMIZED} it does not run: {_clause(failure)}", "as run")
         for tally in tallies.values():
             self._exact_output(tally, ruler, original, number, reference, outputs)
             if not tally.ok:
@@ -414,7 +380,7 @@ class Verifier:
             outputs=outputs,
             feeds=len(original.numbers),
             worst=max((o.relative for o in outputs), default=0.0),
-            shapes=_sizes(self._reference, original.feeds),
+            shapes=sizes(self._reference, original.feeds),
             notes=original.notes,
         )
 
@@ -442,24 +408,6 @@ def _pairs(original: Original, candidate: ir.Model) -> Generator[tuple[int, Outp
             yield number, reference, session.run(feed)
 
 
-def _refused(reason: str, mode: Mode) -> Verification:
-    return Verification(False, reason, mode, (), 0, math.inf)
-
-
 def _clause(failure: OnnxOptError) -> str:
     """Turn the sentence of an error into a clause that others can follow."""
     return str(failure).rstrip(".")
-
-
-def _sizes(model: ir.Model, feeds: Iterable[Feed]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Return the dynamic axes of the inputs and the sizes they took."""
-    sizes: dict[str, set[int]] = {}
-    for feed in feeds:
-        for value in model.graph.inputs:
-            array = feed.get(value.name or "")
-            if value.shape is None or not isinstance(array, np.ndarray) or array.ndim != len(value.shape):
-                continue
-            for axis, (dim, size) in enumerate(zip(value.shape, array.shape, strict=True)):
-                if not isinstance(dim, int):
-                    sizes.setdefault(str(dim.value or f"{value.name}:{axis}"), set()).add(size)
-    return tuple((axis, tuple(sorted(found))) for axis, found in sizes.items())

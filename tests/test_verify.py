@@ -14,10 +14,11 @@ import pytest
 
 from onnxopt import runtime
 from onnxopt.compare import yardstick
+from onnxopt.compare.verdict import Verification
 from onnxopt.contract import Guarantee
 from onnxopt.errors import DataError, RuntimeFailure, UsageError
 from onnxopt.session.loaded import Session
-from onnxopt.verify import Verification, Verifier
+from onnxopt.verify import Verifier
 
 # `onnxopt.verify` is the function
 verify = importlib.import_module("onnxopt.verify")

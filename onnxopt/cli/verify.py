@@ -14,7 +14,7 @@ from onnxopt.errors import VerificationError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from onnxopt.verify import Verification
+    from onnxopt.compare.verdict import Verification
 
 _EPILOG = """
 \b

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from onnxopt.analysis.inspect import ModelStats
+    from onnxopt.compare.verdict import Verification
     from onnxopt.contract import PassReport
     from onnxopt.measure import Measurement
     from onnxopt.metrics import MetricResult
-    from onnxopt.verify import Verification
 
 SCHEMA_VERSION = 1
 

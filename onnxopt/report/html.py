@@ -12,10 +12,10 @@ from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
+    from onnxopt.compare.verdict import Verification
     from onnxopt.contract import PassReport, Site
     from onnxopt.removed import Removed
     from onnxopt.report.data import Candidate, Comparison, Report, SearchReport
-    from onnxopt.verify import Verification
 
 EDITS = 500
 """Edits listed per pass; the JSON report has all."""

@@ -13,10 +13,10 @@ from onnxopt.report import words
 from onnxopt.report.data import Reached
 
 if TYPE_CHECKING:
+    from onnxopt.compare.verdict import Verification
     from onnxopt.contract import GraphPass, PassReport
     from onnxopt.measure import Measurement
     from onnxopt.report.data import Report
-    from onnxopt.verify import Verification
 
 TITLES = ("group", "width", "params", "mult-adds", "expected", "measured")
 """Of the columns of `Line.cells`."""

@@ -21,11 +21,11 @@ NEAR = 0.01
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
+    from onnxopt.compare.verdict import Verification
     from onnxopt.contract import PassReport
     from onnxopt.measure import Latency, Measurement
     from onnxopt.metrics import MetricResult
     from onnxopt.report.data import Candidate, Contender, FloatLayer, Report, SearchReport, SlowPass
-    from onnxopt.verify import Verification
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,9 +17,9 @@ from onnxopt.report import alone, removals, summary, words
 
 if TYPE_CHECKING:
     from onnxopt.compare.tally import OutputDeviation
+    from onnxopt.compare.verdict import Verification
     from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
     from onnxopt.report.data import Candidate, Comparison, Environment, Report, SearchReport
-    from onnxopt.verify import Verification
 
 SITES = 2
 """Edits listed per pass unless all are asked for."""

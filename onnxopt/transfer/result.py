@@ -7,7 +7,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from onnxopt.verify import Verification
+from onnxopt.compare.verdict import Verification
 
 Status = Literal["exact", "aligned", "ambiguous", "unmatched", "left out"]
 STATUSES: tuple[Status, ...] = ("exact", "aligned", "ambiguous", "unmatched", "left out")

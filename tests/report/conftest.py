@@ -8,6 +8,7 @@ import pytest
 
 from onnxopt.analysis.inspect import ModelStats
 from onnxopt.compare.tally import OutputDeviation
+from onnxopt.compare.verdict import Verification
 from onnxopt.contract import AppliedEdit, DroppedEdit, PassReport, Site
 from onnxopt.measure import Measurement
 from onnxopt.metrics import MetricResult
@@ -24,7 +25,6 @@ from onnxopt.report.data import (
     SearchReport,
     SlowPass,
 )
-from onnxopt.verify import Verification
 
 LONG = "/encoder/layer.11/attention/self/query/some_very_long_component_name/Add_output_0"
 
