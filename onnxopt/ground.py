@@ -121,12 +121,15 @@ class Bench:
         self._verifier: Verifier | None = None
         self._times: dict[str, float] = {}
 
-    def prepare(self) -> None:
+    def prepare(self, *, learning: bool) -> None:
         """Find inputs that run and compute the original's outputs.
 
         A model that ONNX Runtime cannot run here is still optimized: the reason is kept for the report.
+
+        Args:
+            learning: Whether passes learn from these inputs, so that they are wanted in any case.
         """
-        if self.not_verified and self.not_measured:
+        if self.not_verified and self.not_measured and not learning:
             return
         try:
             self._feeds = self._find_feeds()
@@ -289,7 +292,7 @@ def prepare(model: Source, settings: Settings, learns: Callable[[ir.Model], bool
     bench = Bench(reference, options, samples, settings, timeable=not off_target)
     with clock("original"):
         progress.stage("running the original")
-        bench.prepare()
+        bench.prepare(learning=learning and settings.force_calibration)
     if start is not reference:
         _require_same(bench, start, settings.opset)
     learnt = (

@@ -129,6 +129,13 @@ def test_every_mode_has_a_pass(mode: Any) -> None:
     assert _WAYS[mode].pass_name in [p.name for p in pipeline.passes]
 
 
+def test_what_is_to_learn_from_generated_inputs_does_so_though_nothing_is_verified() -> None:
+    result = onnxopt.optimize(
+        CNN, passes="quantize-static", force_calibration=True, verify=False, measure=False, max_error=np.inf
+    )
+    assert result.report.passes[-1].applied
+
+
 def test_the_model_given_is_not_changed() -> None:
     model = onnxopt.load(CNN)
     before = {name: v.const_value for name, v in model.graph.initializers.items()}
