@@ -344,7 +344,7 @@ def _budget(settings: Settings, samples: Data | None, model: ir.Model) -> Budget
     """Check the options of the budget against each other.
 
     Raises:
-        DataError: If a metric is needed, none is named, and no built-in one fits.
+        DataError: If a metric is needed, none is named, and no built-in one fits, or the labels do not fit the samples.
         UsageError: If one of them needs another that is missing, or is out of range.
     """
     max_error, max_drop = settings.max_error, settings.max_drop
@@ -358,6 +358,8 @@ def _budget(settings: Settings, samples: Data | None, model: ir.Model) -> Budget
         raise UsageError(f"{name} needs real inputs to score the model on; give them with data.", name, "data")
     if labels is not None and not isinstance(labels, np.ndarray):
         labels = feeding.load_labels(labels)
+    if labels is not None and samples is not None:
+        metrics.labels_per_sample(labels, len(samples))
     reason = ""
     if metric is None and (max_drop is not None or labels is not None):
         metric, reason = metrics.choose(model, labels)

@@ -23,9 +23,19 @@ an array or None. It returns a number; higher is better unless it has an attribu
 from __future__ import annotations
 
 from onnxopt.metrics.choice import choose
-from onnxopt.metrics.evaluation import Evaluator, compare, evaluate
+from onnxopt.metrics.evaluation import Evaluator, compare, evaluate, labels_per_sample
 from onnxopt.metrics.outputs import classes, main_output
 from onnxopt.metrics.ranks import spearman
 from onnxopt.metrics.result import MetricResult
 
-__all__ = ["Evaluator", "MetricResult", "choose", "classes", "compare", "evaluate", "main_output", "spearman"]
+__all__ = [
+    "Evaluator",
+    "MetricResult",
+    "choose",
+    "classes",
+    "compare",
+    "evaluate",
+    "labels_per_sample",
+    "main_output",
+    "spearman",
+]

@@ -204,12 +204,26 @@ def _labels(labels: np.ndarray | None, samples: int) -> Iterable[np.ndarray | No
         return itertools.repeat(None)
     if len(labels) == samples:
         return (np.asarray(label) for label in labels)
+    batch = labels_per_sample(labels, samples)
+    return (labels[start : start + batch] for start in range(0, batch * samples, batch))
+
+
+def labels_per_sample(labels: np.ndarray, samples: int) -> int:
+    """Return how many labels each sample has: several where a model has a fixed batch size.
+
+    Args:
+        labels: All labels, in the order of the samples.
+        samples: How many samples there are.
+
+    Raises:
+        DataError: If there are too few labels or too many.
+    """
     batch = len(labels) // max(samples, 1)
     if batch < 1 or len(labels) - batch * samples >= batch:
         raise DataError(
             f"There are {len(labels)} labels for {samples} samples; give one label per sample, in their order."
         )
-    return (labels[start : start + batch] for start in range(0, batch * samples, batch))
+    return batch
 
 
 def _score(metric: str) -> Score:

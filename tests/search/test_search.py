@@ -16,7 +16,7 @@ import pytest
 import onnxopt
 from onnxopt import registry
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
-from onnxopt.errors import UsageError
+from onnxopt.errors import DataError, UsageError
 from onnxopt.search import decision, hunt, lab, pruner
 from onnxopt.search.candidates import TIDYING
 
@@ -226,6 +226,13 @@ def test_without_data_a_budget_of_error_is_judged_by_generated_inputs(monkeypatc
     assert "generated inputs" in report.search.notes[0]
     forced = onnxopt.optimize(CNN, target="cpu", max_error=0.5, force_calibration=True).report
     assert "static int8" in statuses(forced)
+
+
+def test_labels_that_do_not_fit_are_refused_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab, "measure", lambda *models, **options: pytest.fail("something was timed"))
+    labels = np.load(DATA["labels"])[:-1]
+    with pytest.raises(DataError, match="There are 999 labels for 1000 samples; give one label per sample"):
+        onnxopt.optimize(CNN, target="cpu", max_drop=0.01, data=DATA["data"], labels=labels)
 
 
 def test_a_state_file_saves_evaluations(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
