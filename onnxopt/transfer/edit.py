@@ -48,9 +48,13 @@ class Editor:
         node, index = group.operands[0]
         if node in self._given:
             return
-        bias = np.zeros(_width(node, group), _float_type(node, group))
-        self._given.add(node)
         own = self._real.operand(node, index)
+        width = _width(node, group)
+        if own is not None and is_op(own[0], "Conv") and is_op(node, "ConvTranspose") and group.weight is not None:
+            # A Conv makes the windows, one place after another.
+            width *= int(np.prod(group.weight.shape[2:]))
+        bias = np.zeros(width, _float_type(node, group))
+        self._given.add(node)
         if own is None:
             # What scales the sums of integers is the last node of the layer, and no other may come in between.
             self._add_after(self._real.value(node.outputs[0]), bias, group)

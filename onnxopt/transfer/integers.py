@@ -34,9 +34,10 @@ def _quantize_dynamic(at: At) -> None:
 
 def _dequantize(at: At) -> None:
     integers, out = at.input(0), at.node.outputs[0]
-    known = at.activation(integers)
-    if known is not None:
-        at.become(out, known)
+    if at.activation(integers) is not None:
+        known = at.restored(integers, at.input(1), at.input(2))
+        if known is not None:
+            at.become(out, known)
         return
     if integers is None:
         return
@@ -248,6 +249,16 @@ def _concat(at: At) -> None:
         at.rounded(at.op("Concat", parts, at.attributes()), at.input(0), at.input(1), at.node.outputs[0])
 
 
+def _pool(at: At) -> None:
+    """Read a MaxPool in two dimensions with channels last."""
+    x = at.activation(at.input(0))
+    if x is None:
+        return
+    first = at.op("Transpose", [x], {"perm": (0, 3, 1, 2)})
+    last = at.op("Transpose", [at.op("MaxPool", [first], at.attributes())], {"perm": (0, 2, 3, 1)})
+    at.hand_on(at.node.outputs[0], last)
+
+
 def _where(at: At) -> None:
     first, second = at.operand(1), at.operand(4)
     if first is not None and second is not None:
@@ -300,6 +311,7 @@ RULES: Mapping[tuple[str, str], Rule] = {
     (_MS, "QLinearAveragePool"): _unary("AveragePool"),
     (_MS, "QLinearGlobalAveragePool"): _unary("GlobalAveragePool"),
     (_MS, "QLinearReduceMean"): _unary("ReduceMean"),
+    (_MS, "NhwcMaxPool"): _pool,
     (_MS, "QLinearConcat"): _concat,
     (_MS, "QLinearWhere"): _where,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import attribute, constant_ints, is_op, only_use
@@ -61,14 +62,36 @@ def _onward(user: ir.Node, value: ir.Value, tracer: Tracer) -> tuple[float, floa
     """Return what a piecewise linear activation does before it clips from 0.
 
     HardSigmoid is Clip(alpha * x + beta, 0, 1), and Clip(x, low, high) is low + Clip(x - low, 0, high - low):
-    optimizers put such scales and shifts, and those of 1 + HardSigmoid(x), into the layer before.
+    optimizers put such scales and shifts, and those of 1 + HardSigmoid(x), into the layer before. Quantizers write the
+    product and the sum as such.
     """
-    if is_op(user, "HardSigmoid"):
-        return float(attribute(user, "alpha", 0.2)), float(attribute(user, "beta", 0.5))
-    if is_op(user, "Clip") and user.inputs[0] is value and len(user.inputs) > 1:
-        low = tracer.number(user.inputs[1])
-        return 1.0, -(low or 0.0)
-    return 1.0, 0.0
+    scale, shift, lowest = 1.0, 0.0, -np.inf
+    current: ir.Node | None = user
+    while current is not None and is_op(current, "Mul", "Add", "Relu"):
+        if is_op(current, "Relu"):
+            lowest = max(lowest, 0.0)
+        else:
+            number = tracer.number(current.inputs[1 if current.inputs[0] is value else 0])
+            if number is None or (is_op(current, "Mul") and number <= 0):
+                return 1.0, 0.0
+            if is_op(current, "Mul"):
+                scale, shift, lowest = scale * number, shift * number, lowest * number
+            else:
+                shift, lowest = shift + number, lowest + number
+        value = current.outputs[0]
+        current = only_use(value)
+    if current is None:
+        return 1.0, 0.0
+    low = 0.0
+    if is_op(current, "HardSigmoid"):
+        alpha, beta = float(attribute(current, "alpha", 0.2)), float(attribute(current, "beta", 0.5))
+        scale, shift, lowest = alpha * scale, alpha * shift + beta, alpha * lowest + beta
+    elif is_op(current, "Clip") and current.inputs[0] is value and len(current.inputs) > 1:
+        low = tracer.number(current.inputs[1]) or 0.0
+    else:
+        return 1.0, 0.0
+    # What ends above the low end of the activation has an end of its own.
+    return (scale, shift - low) if lowest <= low else (1.0, 0.0)
 
 
 def _fused_onward(node: ir.Node) -> tuple[float, float]:

@@ -56,6 +56,9 @@ def rescale(before: Skeleton, after: Skeleton, feeds: Sequence[Feed], options: R
         if abs(new / float(step.reshape(())) - 1) > _SAME:
             store.put(scale, np.full(step.shape, new))
     if store.written:
+        for multiple in after.real.multiples:
+            if multiple.base in store.written:
+                store.put(multiple.scale, store.get(multiple.base).astype(np.float64) * multiple.factor)
         _follow(after, store)
         Editor(after.real).commit(store)
     return sum(scale in store.written for scale in old)

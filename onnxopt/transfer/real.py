@@ -50,6 +50,21 @@ class Sums:
     product: Product
 
 
+@dataclasses.dataclass(frozen=True)
+class Multiple:
+    """A second scale of the same integers, which then stand for a multiple of what was rounded.
+
+    Attributes:
+        scale: The second one, in the real model.
+        base: That of rounding, in the real model too.
+        factor: By how much the second one is larger.
+    """
+
+    scale: ir.Value
+    base: ir.Value
+    factor: float
+
+
 @dataclasses.dataclass
 class Real:
     """The real model of a model.
@@ -62,6 +77,7 @@ class Real:
         tensors: Value of the real model -> how it comes from stored tensors, where integers were restored here.
         grids: Where activations are rounded.
         sums: Scales of biases that follow from others.
+        multiples: Scales of activations that follow from others.
         limits: Of activations that grids take the place of, by the name of their integers.
     """
 
@@ -72,6 +88,7 @@ class Real:
     tensors: dict[ir.Value, Tensor] = dataclasses.field(default_factory=dict)
     grids: list[Grid] = dataclasses.field(default_factory=list)
     sums: list[Sums] = dataclasses.field(default_factory=list)
+    multiples: list[Multiple] = dataclasses.field(default_factory=list)
     limits: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def value(self, value: ir.Value) -> ir.Value:

@@ -21,7 +21,7 @@ from onnxopt.graph import (
 )
 from onnxopt.rewrite import Builder
 from onnxopt.transfer.quantized import LEVELS, Dequantized, Product
-from onnxopt.transfer.real import Grid, Real
+from onnxopt.transfer.real import Grid, Multiple, Real
 from onnxopt.transfer.signs import is_signed
 from onnxopt.transfer.tensors import Tensor, reshaped
 from onnxopt.transfer.trace import Tracer
@@ -37,6 +37,7 @@ class Conversion:
         tracer: Reads constants.
         floats: Value of integers -> the value in real numbers that they stand for.
         scales: Value of integers -> their scale.
+        zeros: Value of integers -> their zero point; None for 0.
         rows: (Rows of a table of integers, their scale) -> the rows in real numbers.
     """
 
@@ -46,8 +47,14 @@ class Conversion:
         self.tracer = Tracer(Shapes(real.model))
         self.floats: dict[ir.Value, ir.Value] = {}
         self.scales: dict[ir.Value, ir.Value] = {}
+        self.zeros: dict[ir.Value, ir.Value | None] = {}
         self.rows: dict[tuple[ir.Value, ir.Value | None], ir.Value] = {}
         self._names = Names(real.model)
+
+    def known(self, value: ir.Value | None) -> Tensor | None:
+        """Return how a value of the real model comes from stored tensors; None where it does not."""
+        found = None if value is None else self.real.tensors.get(value)
+        return self.tracer.tensor(value) if found is None else found
 
     def fresh(self, like: ir.Value, op_type: str, inputs: list[ir.Value | None]) -> ir.Node:
         """Return a new node, in no graph yet."""
@@ -74,13 +81,39 @@ class At:
         """Return what integers computed before stand for; None where that is not known."""
         return None if value is None else self.conversion.floats.get(value)
 
+    def restored(self, integers: ir.Value | None, scale: ir.Value | None, zero: ir.Value | None) -> ir.Value | None:
+        """Return what integers computed before stand for with this scale: perhaps a multiple of what was rounded.
+
+        Args:
+            integers: The integers.
+            scale: What they are scaled by here.
+            zero: The zero point here; None for 0.
+        """
+        known = self.activation(integers)
+        if known is None or integers is None or scale is None:
+            return known
+        conversion = self.conversion
+        base = conversion.scales[integers]
+        zeros = [np.zeros(()) if z is None else constant_array(z) for z in (conversion.zeros.get(integers), zero)]
+        steps = [constant_array(s) for s in (base, scale)]
+        if scale is base or steps[0] is None or steps[1] is None or zeros[0] is None or zeros[1] is None:
+            return known
+        factors = steps[1].astype(np.float64) / steps[0]
+        if not np.all(zeros[0] == zeros[1]) or factors.size != 1:
+            same = bool(np.all(zeros[0] == zeros[1])) and np.array_equal(steps[0], steps[1])
+            return known if same else None
+        factor = float(factors.reshape(()))
+        if factor == 1:
+            return known
+        conversion.real.multiples.append(Multiple(scale, base, factor))
+        return self.op("Mul", [known, self.builder.constant("factor", np.float32(factor))])
+
     def operand(self, first: int) -> ir.Value | None:
         """Return an operand given by integers, scale and zero point, from this input on, in real numbers."""
         integers = self.input(first)
-        known = self.activation(integers)
-        if known is not None or integers is None:
-            return known
         scale, zero = self.input(first + 1), self.input(first + 2)
+        if integers is None or self.activation(integers) is not None:
+            return self.restored(integers, scale, zero)
         return self.rows(integers, scale, zero) or self.weight(integers, scale, zero, ())
 
     def rows(self, integers: ir.Value, scale: ir.Value | None, zero: ir.Value | None) -> ir.Value | None:
@@ -195,7 +228,7 @@ class At:
         if clips:
             value = self._activated(value, real.limits.get(out.name or ""))
             value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), out.shape
-        conversion.floats[out], conversion.scales[out] = value, scale
+        conversion.floats[out], conversion.scales[out], conversion.zeros[out] = value, scale, zero
 
     def _activated(self, value: ir.Value, limit: float | None) -> ir.Value:
         if limit is None:
@@ -219,16 +252,22 @@ class At:
 
     def pass_on(self) -> None:
         """Let the node do to real numbers what it does to integers."""
-        floats, scales = self.conversion.floats, self.conversion.scales
-        source = self.node.inputs[0]
-        assert source is not None
+        floats = self.conversion.floats
         inputs = [v if v is None else floats.get(v, v) for v in self.node.inputs]
         first = self.builder.op(self.node.op_type, inputs, self.attributes(), outputs=len(self.node.outputs))
         producer = first.producer()
         assert producer is not None
         for old, new in zip(self.node.outputs, producer.outputs, strict=True):
-            new.type, new.shape = ir.TensorType(ir.DataType.FLOAT), old.shape
-            floats[old], scales[old] = new, scales[source]
+            self.hand_on(old, new)
+
+    def hand_on(self, integers: ir.Value, value: ir.Value) -> None:
+        """Let integers, on the grid of the first input, stand for a value."""
+        source = self.node.inputs[0]
+        assert source is not None
+        conversion = self.conversion
+        value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), integers.shape
+        conversion.floats[integers], conversion.scales[integers] = value, conversion.scales[source]
+        conversion.zeros[integers] = conversion.zeros.get(source)
 
 
 def _sizes(tensor: Tensor, shape: Sequence[int]) -> tuple[int, ...]:

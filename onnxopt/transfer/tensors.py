@@ -200,6 +200,37 @@ class Sliced:
 
 
 @dataclasses.dataclass(frozen=True)
+class Repeated:
+    """A vector that is stored several times in a row, where small differences may have been added to each: their mean.
+
+    Attributes:
+        source: What is stored.
+        times: How often.
+    """
+
+    source: Tensor
+    times: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its size."""
+        return (self.source.shape[0] // self.times,)
+
+    def leaves(self) -> Iterator[ir.Value]:
+        """Yield those of the source."""
+        return self.source.leaves()
+
+    def read(self, store: Store) -> Array:
+        """Return the vector."""
+        found: Array = self.source.read(store).reshape(self.times, -1).mean(0)
+        return found
+
+    def write(self, array: Array, store: Store) -> None:
+        """Write it into the source as often."""
+        self.source.write(np.tile(array, self.times), store)
+
+
+@dataclasses.dataclass(frozen=True)
 class Joined:
     """Tensors one after another along an axis."""
 
@@ -232,7 +263,7 @@ class Joined:
 def chain(tensor: Tensor) -> Iterator[Tensor]:
     """Yield a tensor and what it is a rearrangement or part of, the stored one last."""
     yield tensor
-    while isinstance(tensor, (Permuted, Reshaped, Sliced)):
+    while isinstance(tensor, (Permuted, Repeated, Reshaped, Sliced)):
         tensor = tensor.source
         yield tensor
 

@@ -10,6 +10,7 @@ from onnxopt.graph import all_nodes, constant_tensor, copied, is_op, remove_node
 from onnxopt.transfer.integers import LAYERS, RULES
 from onnxopt.transfer.real import Real
 from onnxopt.transfer.site import At, Conversion
+from onnxopt.transfer.windows import read_windows
 
 _PASSING = frozenset(
     {
@@ -52,10 +53,14 @@ def _convert(real: Real) -> None:
                 rule(At(conversion, node, scope))
             elif is_op(node, *_PASSING) and node.inputs[0] in conversion.floats:
                 At(conversion, node, scope).pass_on()
+            elif is_op(node, "Shape", "Size") and node.inputs[0] in conversion.floats:
+                node.replace_input_with(0, conversion.floats[node.inputs[0]])
     for scope in reversed(found):
         for node in reversed(list(scope.graph)):
             if not any(o.uses() or o.is_graph_output() for o in node.outputs):
                 remove_node(node)
+    for scope in found:
+        read_windows(conversion, scope)
 
 
 def _is_on_integers(node: ir.Node) -> bool:
