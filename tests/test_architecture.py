@@ -1,7 +1,8 @@
-"""docs/architecture.md names what is there, and every room of the code is named in it."""
+"""docs/architecture.md names what is there, and every room of the code is named in it, in the rank that tests hold."""
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -25,3 +26,12 @@ def test_every_room_is_named_on_the_page() -> None:
             assert f"`{path.name}/`" in PAGE, f"the page does not name the room {path.name}/"
         elif path.suffix == ".py" and not path.name.startswith("__"):
             assert f"`{path.name}`" in PAGE, f"the page does not name {path.name}"
+
+
+def test_the_ranks_on_the_page_are_those_that_are_held() -> None:
+    tree = ast.parse((ROOT / "tests" / "test_layering.py").read_text())
+    held = next(ast.unparse(n.value) for n in tree.body if isinstance(n, ast.Assign) and "LAYERS" in ast.unparse(n))
+    section = PAGE.partition("## Who may import whom\n\n")[2]
+    block = section.partition("\n\n")[0]
+    told = [set(re.findall(r"\w+", rank)) for rank in block.split("<")]
+    assert told == ast.literal_eval(held)
