@@ -323,6 +323,13 @@ def test_other_arithmetic_counts_once_an_element():
     assert (found.macs, found.not_counted, found.assumed) == (0, (), ())
 
 
+def test_maxima_of_integers_count_as_others_do():
+    head = '<ir_version: 6, opset_import: ["" : 11, "com.microsoft" : 1]>'
+    pool = "com.microsoft.NhwcMaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)"
+    found = count(declare(f"{head} g (uint8[2,8,8,3] x) => (uint8[2,4,4,3] y) {{ y = {pool} }}"))
+    assert (found.elementwise, found.not_counted) == (2 * 4 * 4 * 3 * 4, ())
+
+
 def test_sizes_of_dynamic_axes_are_given_or_assumed():
     text = f"{HEAD} g (float[batch,seq,8] x) => (float[batch,seq,4] y) {{ y = MatMul(x, w) }}"
     model = declare(text, w=zeros(8, 4))

@@ -129,8 +129,8 @@ _COUNTS = "ArgMax ArgMin NonMaxSuppression NonZero SequenceLength Shape Size"
 _WINDOWS = "BlackmanWindow HammingWindow HannWindow MelWeightMatrix"
 _CONTRIB_OF_FIRST_INPUT = """
 Attention BiasAdd BiasGelu BiasSoftmax DynamicQuantizeMatMul FastGelu FusedConv FusedGemm FusedMatMul Gelu
-GroupNorm GroupQueryAttention LayerNormalization MatMulNBits MoE MultiHeadAttention QLinearAdd QLinearLeakyRelu
-QLinearMul QLinearSigmoid QLinearSoftmax QMoE QuickGelu RotaryEmbedding SimplifiedLayerNormalization
+GroupNorm GroupQueryAttention LayerNormalization MatMulNBits MoE MultiHeadAttention NhwcMaxPool QLinearAdd
+QLinearLeakyRelu QLinearMul QLinearSigmoid QLinearSoftmax QMoE QuickGelu RotaryEmbedding SimplifiedLayerNormalization
 SkipGroupNorm SkipLayerNormalization SkipSimplifiedLayerNormalization TransposeMatMul Trilu
 """
 

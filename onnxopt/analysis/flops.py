@@ -387,7 +387,7 @@ _PER_INPUT = _names(
     "com.microsoft.",
 )
 
-_POOLS = _names("AveragePool LpPool MaxPool")
+_POOLS = _names("AveragePool LpPool MaxPool") | _names("NhwcMaxPool", "com.microsoft.")
 
 _FREE = _names(
     """Cast CastLike Compress Concat ConcatFromSequence Constant ConstantOfShape DepthToSpace Dropout

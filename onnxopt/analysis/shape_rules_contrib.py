@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnxopt.analysis import dims
 from onnxopt.analysis.dims import Dim
-from onnxopt.analysis.shape_rules_nn import conv, gemm, layer_normalization, matmul_shape
+from onnxopt.analysis.shape_rules_nn import conv, gemm, layer_normalization, matmul_shape, pooled
 from onnxopt.analysis.shape_view import PartialShape, Rule, Shape, Unknown, View, broadcast_shapes, sum_of
 
 
@@ -94,6 +94,11 @@ def _group_query_attention(view: View) -> list[PartialShape]:
     return [(query[0], query[1], head * heads), cache, cache]
 
 
+def _pool_last(view: View) -> list[PartialShape]:
+    data = view.shape(0)
+    return [(data[0], *pooled(view, data[1:-1]), data[-1])]
+
+
 def _quantized_attention(view: View) -> list[PartialShape]:
     data, weights = view.shape(0), view.shape(1)
     return [(data[0], data[1], dims.floordiv(weights[1], 3)), None]
@@ -133,6 +138,7 @@ RULES: dict[str, Rule] = {
     "MatMulIntegerToFloat": _MATMUL,
     "MatMulNBits": Rule(_matmul_bits),
     "MultiHeadAttention": Rule(_multi_head_attention),
+    "NhwcMaxPool": Rule(_pool_last),
     "QAttention": Rule(_quantized_attention),
     "QGemm": Rule(_quantized_gemm),
     "QLinearAdd": Rule(_quantized_binary),

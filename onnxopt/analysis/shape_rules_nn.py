@@ -137,13 +137,17 @@ def _deform_conv(view: View) -> list[PartialShape]:
 
 def _pool(view: View) -> list[PartialShape]:
     data = view.shape(0)
+    return [(*data[:2], *pooled(view, data[2:]))] * 2
+
+
+def pooled(view: View, places: Shape) -> list[Dim]:
+    """Return how many places a window of `kernel_shape` has along each axis that it moves along."""
     kernel = view.attribute("kernel_shape")
-    if kernel is None or len(data) != len(kernel) + 2:
+    if kernel is None or len(places) != len(kernel):
         raise Unknown
     windows = _windows(view, kernel, len(kernel))
     ceil = view.attribute("ceil_mode", 0)
-    spatial = [w.ceil_size(d) if ceil else w.conv_size(d) for w, d in zip(windows, data[2:], strict=True)]
-    return [(*data[:2], *spatial)] * 2
+    return [w.ceil_size(d) if ceil else w.conv_size(d) for w, d in zip(windows, places, strict=True)]
 
 
 def _global_pool(view: View) -> list[PartialShape]:

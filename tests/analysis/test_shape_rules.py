@@ -291,6 +291,24 @@ def test_windows_as_the_runtime_moves_them() -> None:
     assert outcome.complete == outcome.values
 
 
+def test_windows_with_channels_last_as_the_runtime_moves_them() -> None:
+    nodes = []
+    for k, s, d in itertools.product((1, 2, 3), (1, 2, 3), (1, 2)):
+        at = f"kernel_shape=[{k},2], strides=[{s},1], dilations=[{d},1]"
+        for before, after in ((0, 0), (1, 0), (0, 1)):
+            if max(before, after) < k:
+                pads = f"pads=[{before},0,{after},1]"
+                nodes += [f"com.microsoft.NhwcMaxPool <{at}, {pads}, ceil_mode={ceil}> (x)" for ceil in (0, 1)]
+    model = graph_of("uint8[b,h,w,5] x", nodes, 11)
+    for value in model.graph.outputs:
+        value.type = ir.TensorType(ir.DataType.UINT8)
+    shapes = Shapes(model)
+    assert {shapes.dtype(n.outputs[0]) for n in model.graph} == {ir.DataType.UINT8}
+    outcome = compare_with_runtime(model, [{"x": np.zeros((2, n, 4, 5), np.uint8)} for n in range(6, 12)])
+    assert not outcome.wrong
+    assert outcome.complete == outcome.values
+
+
 def test_resizing_as_the_runtime_rounds_it() -> None:
     scales = (0.5, 0.25, 1.0, 2.0, 3.0, 0.3, 1.7)
     nodes = [f"Resize(x, , f{i})" for i in range(len(scales))]
