@@ -15,6 +15,7 @@ from onnxopt.coupling.chains import follow_chain, parted_again
 from onnxopt.coupling.partition import Ints, as_ints
 from onnxopt.coupling.rewrites import SetSizes
 from onnxopt.coupling.sizes import Place, element
+from onnxopt.graph import constant_ints
 
 
 class Block(NamedTuple):
@@ -76,12 +77,35 @@ def reshape(builder: Builder, node: ir.Node) -> None:
             builder.tie(data, block.before[0], output, block.after[0])
         else:
             builder.choose(node, _ways(builder, data, output, block))
+    last = _follow_last(builder, node, middle)
     for value, axes in ((data, middle.before), (output, middle.after)):
-        for axis in axes:
+        for axis in axes[:-1] if last else axes:
             builder.freeze(value, axis, f"{label(node)} merges it with axes of unknown size")
     if node.op_type == "Reshape":
         merged = {block.after[0]: [(data, axis) for axis in block.before] for block in blocks if len(block.after) == 1}
         follow_sizes(builder, node, 1, merged)
+
+
+def _follow_last(builder: Builder, node: ir.Node, middle: Block) -> bool:
+    """Follow the last axes of what is not known where one is a multiple of the other; return whether they are.
+
+    Counted from the end of a row, elements stay where they are: a ConvTranspose whose windows do not overlap is written
+    with a Reshape of (x, width * channels) to (x * width, channels), in which x is not known.
+    """
+    sizes = constant_ints(node.inputs[1]) if node.op_type == "Reshape" else None
+    # The runtime has to work the other size out.
+    if sizes is None or not middle.before or [sizes[axis] for axis in middle.after[:-1]] != [-1]:
+        return False
+    data, output = node.inputs[0], node.outputs[0]
+    assert data is not None
+    ids = [builder.ids(v, axes[-1]) for v, axes in ((data, middle.before), (output, middle.after))]
+    if ids[0] is None or ids[1] is None:
+        return False
+    few, many = sorted((ids[0], ids[1]), key=len)
+    if not len(few) or len(many) % len(few):
+        return False
+    builder.link(many.reshape(-1, len(few)), few[None])
+    return True
 
 
 def follow_sizes(

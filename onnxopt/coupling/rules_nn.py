@@ -87,6 +87,17 @@ def per_channel(builder: Builder, node: ir.Node) -> None:
                 builder.tie(value, 0, data, 1)
 
 
+def pool_last(builder: Builder, node: ir.Node) -> None:
+    """Pooling where the channels come last."""
+    data, output = operand(node, 0), node.outputs[0]
+    last = len(builder.shape(data)) - 1
+    builder.tie(data, 0, output, 0)
+    builder.tie(data, last, output, last)
+    for value in (data, output):
+        for axis in range(1, last):
+            builder.freeze(value, axis, f"{label(node)} moves a window along it")
+
+
 def batch_norm(builder: Builder, node: ir.Node) -> None:
     """One number per channel each."""
     if len([o for o in node.outputs if o.name]) > 1 or attribute(node, "training_mode", 0):
@@ -253,6 +264,7 @@ RULES: Mapping[str, Rule] = {
 MICROSOFT: Mapping[str, Rule] = {
     "FusedConv": fused_conv,
     "FusedGemm": gemm,
+    "NhwcMaxPool": pool_last,
     "FusedMatMul": fused_matmul,
     "BiasGelu": bias_activation,
     "FastGelu": bias_activation,

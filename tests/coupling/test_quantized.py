@@ -120,3 +120,63 @@ def test_quantized_weights_are_not_summed_up(build):
     (refusal,) = MergeChannels().run(model, ctx)
     assert isinstance(refusal, Refusal)
     assert refusal.reason == "a weight behind it is quantized, and sums of its slices would not be"
+
+
+NHWC_POOL = "com.microsoft.NhwcMaxPool <kernel_shape = [2, 2], strides = [2, 2]> (t)"
+
+
+def test_maxima_of_integers_with_channels_last(prune):
+    done = prune(
+        f"""(float[1,3,6,6] x) => (float[1,4,3,3] y) {{
+        q = QuantizeLinear(x, s, z) a = QLinearConv(q, s, z, w, s, wz, s, z)
+        t = Transpose <perm = [0, 2, 3, 1]> (a) m = {NHWC_POOL} u = Transpose <perm = [0, 3, 1, 2]> (m)
+        d = DequantizeLinear(u, s2, z) y = Conv(d, v) }}""",
+        {**SCALES, "s2": np.float32(0.2), "w": integers(8, 3, 1, 1), "wz": np.int8(0)}, v=(4, 8, 1, 1), opset=11,
+    )  # fmt: skip
+    assert done.groups == {"w": 8}
+    assert [done.shape(name) for name in "wv"] == [[4, 3, 1, 1], [4, 4, 1, 1]]
+
+
+@pytest.mark.parametrize("height", [3, "h"])
+def test_integers_that_gathers_repeat(prune, height):
+    index = "i = Identity(known)" if height == 3 else (
+        "n = Shape(t) c = Gather <axis = 0> (n, one) e = Mul(c, two) r = Range(zero, e, one) i = Div(r, two)"
+    )  # fmt: skip
+    done = prune(
+        f"""(float[1,3,{height},6] x) => (float[1,4,{"6" if height == 3 else "H"},6] y) {{
+        q = QuantizeLinear(x, s, z) a = QLinearConv(q, s, z, w, s, wz, s, z)
+        t = Transpose <perm = [0, 2, 3, 1]> (a) {index} g = Gather <axis = 1> (t, i)
+        u = Transpose <perm = [0, 3, 1, 2]> (g) d = DequantizeLinear(u, s, z) y = Conv(d, v) }}""",
+        {**SCALES, "w": integers(8, 3, 1, 1), "wz": np.int8(0), "known": np.array([0, 0, 1, 1, 2, 2]),
+         "zero": np.int64(0), "one": np.int64(1), "two": np.int64(2)},
+        v=(4, 8, 1, 1), opset=11,
+    )  # fmt: skip
+    assert done.groups == {"w": 8}
+    assert [done.shape(name) for name in "wv"] == [[4, 3, 1, 1], [4, 4, 1, 1]]
+
+
+@pytest.mark.parametrize("height", [3, "h"])
+def test_windows_that_a_change_of_order_makes(prune, height):
+    done = prune(
+        f"""(float[1,3,{height},{height}] x) => (float[1,4,{"6,6" if height == 3 else "H,W"}] y) {{
+        a = Conv(x, w, b) r = Relu(a) t = Transpose <perm = [0, 3, 2, 1]> (r) c = Reshape(t, rows)
+        d = Transpose <perm = [0, 2, 1, 3]> (c) e = Reshape(d, columns) f = Transpose <perm = [0, 3, 1, 2]> (e)
+        y = Conv(f, v) }}""",
+        {"rows": np.array([0, 0, -1, 12]), "columns": np.array([0, 0, -1, 6])},
+        w=(24, 3, 1, 1), b=(24,), v=(4, 6, 1, 1), opset=11,
+    )  # fmt: skip
+    assert done.groups == {"w": 6}
+    assert [done.shape(name) for name in "wbv"] == [[12, 3, 1, 1], [12], [4, 3, 1, 1]]
+
+
+def test_a_row_of_computed_size_keeps_its_channels(prune):
+    """Its size is worked out from that of the channels, and would no longer fit."""
+    done = prune(
+        """(float[1,3,h,4] x) => (float[1,4,6,H] y) {
+        a = Conv(x, w) t = Transpose <perm = [0, 3, 2, 1]> (a) n = Shape(t) p = Gather(n, places) m = ReduceProd(p)
+        k = Div(m, six) s = Concat <axis = 0> (begin, k, six) c = Reshape(t, s) u = Transpose <perm = [0, 3, 1, 2]> (c)
+        y = Conv(u, v) }""",
+        {"places": np.array([2, 3]), "six": np.array([6]), "begin": np.array([0, 0])}, w=(12, 3, 1, 1), v=(4, 6, 1, 1),
+        opset=11,
+    )  # fmt: skip
+    assert done.groups == {}
