@@ -42,6 +42,8 @@ POOLS_INTEGERS = 12
 """From this opset on, MaxPool takes integers."""
 RESIZES = 11
 """From this opset on, Resize says how it maps places."""
+MOVED_THROUGH = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten", "Slice", "MaxPool", "Identity")
+"""Operators behind which ONNX Runtime finds a QuantizeLinear, which it then puts in front of them."""
 FUSED = ("FusedConv", "NhwcFusedConv")
 """Convolutions of com.microsoft that have no 8-bit kernel."""
 
@@ -120,13 +122,13 @@ def _bounds(node: ir.Node | None) -> tuple[float, float] | None:
 
 
 def leaves_float_weight(value: ir.Value) -> bool:
-    """Whether a layer that stays in floating point makes a value, perhaps through activations.
+    """Whether a layer that stays in floating point makes a value, perhaps through activations and what moves elements.
 
     Where ONNX Runtime finds such a layer between DequantizeLinear and QuantizeLinear, it rounds its weight to int8
     while it loads the model, with one scale for all channels.
     """
     node = value.producer()
-    while is_op(node, "Relu", "Clip"):
+    while is_op(node, "Relu", "Clip", *MOVED_THROUGH):
         assert node is not None and node.inputs[0] is not None, "they have an input"
         node = node.inputs[0].producer()
     return (

@@ -367,6 +367,36 @@ def test_weights_of_float_layers_between_integers_are_not_rounded_by_the_runtime
     assert error(original, model) < 0.06
 
 
+MOVES_BEHIND = (
+    "m = Transpose<perm = [0, 1, 3, 2]>(s)",
+    "m = Slice(s, first, last, axis)",
+    "m = MaxPool<kernel_shape = [2, 2]>(s)",
+    "u = Unsqueeze(s, axis) m = Squeeze(u, axis)",
+    "f = Flatten(s) m = Reshape(f, shape)",
+    "r = Relu(s) i = Identity(r) m = Transpose<perm = [0, 1, 3, 2]>(i)",
+)
+
+
+@pytest.mark.parametrize("opset", [10, 18])
+@pytest.mark.parametrize("moves", MOVES_BEHIND)
+def test_nor_are_those_behind_which_elements_are_moved(moves, opset, tmp_path):
+    if opset == 10 and "Squeeze" in moves:
+        moves = "u = Unsqueeze<axes = [2]>(s) m = Squeeze<axes = [2]>(u)"
+    model = build(
+        f"a = Conv(x, p0, b0) s = ConvTranspose(a, w1, b1) {moves} y = Conv(m, p2)",
+        extra={**EXTRA, "shape": np.array([1, 8, 7, 28], np.int64)},
+        opset=opset,
+    )
+    original = model.clone()
+    assert list(apply(model)[0]) == ["a", "y"]
+    path = tmp_path / "optimized.onnx"
+    session(model, path)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(path).graph.initializer}
+    (node,) = [n for n in onnx.load(path).graph.node if n.op_type == "ConvTranspose"]
+    np.testing.assert_array_equal(weights[node.input[1]], original.graph.initializers["w1"].const_value.numpy())
+    assert error(original, model) < 0.06
+
+
 def test_what_lies_between_float_layers_stays_float():
     model = build(NET, extra=EXTRA)
     assert list(apply(model, deny=["a", "c"])[0]) == ["d", "e", "y", "f", "g", "t", "s"]
