@@ -18,7 +18,8 @@ from onnxopt.analysis.dims import Dim
 from onnxopt.graph import attribute
 from onnxopt.rewrite import Builder
 
-POOLING = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "storage_order", "strides")
+POOLING = ("auto_pad", "ceil_mode", "dilations", "kernel_shape", "pads", "strides")
+"""What NhwcMaxPool knows too. The order of storage, which it lacks, is of indices alone, which it does not return."""
 
 
 def repeat(integers: ir.Value, sizes: Sequence[Dim], times: Mapping[int, int], builder: Builder) -> ir.Value:

@@ -520,7 +520,9 @@ def test_neighbours_fit_into_sixteen_bits_together():
 )
 def test_max_pool_of_integers_is_the_runtime_s_own_before_opset_12(opset, target, edits, tmp_path):
     model = build(
-        "a = Conv(x, p0) m = MaxPool<kernel_shape = [3, 2], pads = [1, 0, 1, 1]>(a) y = Conv(m, p1)", opset=opset
+        """a = Conv(x, p0) m = MaxPool<kernel_shape = [3, 2], pads = [1, 0, 1, 1], storage_order = 1>(a)
+        y = Conv(m, p1)""",
+        opset=opset,
     )
     original = model.clone()
     assert list(apply(model, target=target)[0]) == list(edits)
