@@ -16,6 +16,9 @@ from onnxopt.numeric.grids import Array, Grid
 from onnxopt.numeric.histogram import Histogram, Method, value_range
 from onnxopt.numeric.means import ChannelMeans
 
+LEVELS = 255
+"""The largest integer of 8 bits."""
+
 
 class Seen:
     """What the values that may become integers take on: a histogram for each set that shares a grid.
@@ -64,6 +67,11 @@ class Seen:
         """Whether a value is what the integers of another one stand for on a coarser or finer grid."""
         return value in self._multiples
 
+    def has_step(self, value: ir.Value) -> bool:
+        """Whether the levels of a value are numbers that float32 holds, which a factor may prevent."""
+        numbers = np.finfo(np.float32)
+        return bool(numbers.tiny <= self.grid(value).scale <= numbers.max / LEVELS)
+
     def histogram(self, value: ir.Value) -> Histogram:
         """Return what the values that share a grid with this one took on."""
         if value in self._multiples:
@@ -78,7 +86,8 @@ class Seen:
         if value in self._multiples:
             source, factor = self._multiples[value]
             grid = self.grid(source)
-            return dataclasses.replace(grid, scale=np.asarray(grid.scale * np.float32(factor)))
+            with np.errstate(over="ignore"):  # see `has_step`
+                return dataclasses.replace(grid, scale=np.asarray(grid.scale * np.float32(factor)))
         key = self.ties.of(value)
         if key not in self._grids:
             low, high = value_range(self._histograms[key], self._method)

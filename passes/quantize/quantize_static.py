@@ -240,6 +240,8 @@ class _Graph:
             return f'"{value.name}" held no elements on the calibration data'
         if seen.low == seen.high == 0:
             return f'"{value.name}" was 0 throughout the calibration data, so there is no range to divide into levels'
+        if self._seen.is_multiple(value) and not self._seen.has_step(value):
+            return f'"{value.name}" is too small or too large for a scale in float32'
         return None
 
     def quantize_layer(self, item: Layer) -> None:

@@ -542,6 +542,18 @@ def test_a_multiple_is_the_same_integers_on_another_grid(tmp_path):
     assert kernels(model, tmp_path)["QLinearMul"] == 1
 
 
+@pytest.mark.parametrize("factor", [1e-37, 1e-45, 1e38])
+def test_multiples_whose_levels_are_no_normal_numbers_stay_in_floating_point(factor):
+    feeds = [{"x": random(1, 8, 12, 12, seed=i) * np.float32(4)} for i in range(4)]
+    model = build(
+        "a = Conv(x, p0) m = Mul(a, factor) s = Sigmoid(m) y = Conv(s, p2)",
+        extra={"factor": np.array(factor, np.float32)},
+    )
+    edits, refusals = apply(model, feeds)
+    assert list(edits) == ["a", "y"]
+    assert refusals == {"s": '"m" is too small or too large for a scale in float32'}
+
+
 @pytest.mark.parametrize("case", ["resize", "uneven resize"])
 @pytest.mark.parametrize("sizes", ["1,8,12,12", "n,8,h,w"])
 def test_repeated_elements_are_those_of_resize(case, sizes, tmp_path):
