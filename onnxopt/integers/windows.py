@@ -90,7 +90,8 @@ def write(node: ir.Node, size: tuple[int, int], scope: Scope, names: Names) -> N
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     assert weight is not None and activation is not None, "checked before"
     channels = weight.shape[1]
-    builder = Builder(scope, names, node, node.outputs[0].name or node.op_type)
+    # What bounds an activation may be computed between it and the node.
+    builder = Builder(scope, names, activation, node.outputs[0].name or node.op_type)
     kernel = np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, weight.shape[0], 1, 1)
     inputs = [node.inputs[0], builder.constant("weight", kernel)]
     if bias is not None:

@@ -595,6 +595,17 @@ def test_windows_apart_compute_what_conv_transpose_does(sizes, height, width, bi
     assert error(original, model, feeds) < 1e-6
 
 
+def test_bounds_behind_windows_may_be_constants_that_stand_there():
+    model = build(
+        """a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2]>(a, up, b1) one = Constant<value_float = 1.0>()
+        r = Clip(s, zero, one) y = Conv(r, p2)""",
+        extra={"up": EXTRA["up"]},
+    )
+    original = model.clone()
+    assert "s" in apply(model)[0]
+    assert error(original, model) < 0.06
+
+
 @pytest.mark.parametrize(
     "body",
     [
