@@ -383,3 +383,25 @@ def test_inputs_that_do_not_fit() -> None:
         Interpreter(model).run({"x": np.zeros((2, 4), np.float32)})
     with pytest.raises(ModelError, match='The input "x" has string elements'):
         Interpreter(model).run({"x": np.array(["a"], object)})
+
+
+def test_integers_between_layers_hand_gradients_on() -> None:
+    """Integers that are repeated and pooled with channels last, as quantize-static writes them for old opsets."""
+    text = """<ir_version: 6, opset_import: ["" : 11, "com.microsoft" : 1]>
+    g (float[2,4,5,6] x) => (float[2,4,6,6] y)
+    <float[4] steps = {0.1, 0.2, 0.3, 0.4}, uint8[4] zeros = {9, 9, 9, 9}, float step = {0.1}, uint8 zero = {60},
+     int64 begin = {0}, int64 one = {1}, int64 two = {2}> {
+        q = QuantizeLinear(x, step, zero)  a = Transpose <perm = [0, 2, 3, 1]> (q)
+        b = com.microsoft.NhwcMaxPool <kernel_shape = [2, 2], strides = [2, 2], auto_pad = "SAME_UPPER"> (a)
+        s = Shape(b)  n = Gather <axis = 0> (s, two)  m = Mul(n, two)  r = Range(begin, m, one)  i = Div(r, two)
+        c = Gather <axis = 2> (b, i)  s1 = Shape(c)  n1 = Gather <axis = 0> (s1, one)  m1 = Mul(n1, two)
+        r1 = Range(begin, m1, one)  i1 = Div(r1, two)  d = Gather <axis = 1> (c, i1)
+        e = Transpose <perm = [0, 3, 1, 2]> (d)  y = com.microsoft.DequantizeLinear <axis = 1> (e, steps, zeros)
+    }"""
+    ours, theirs = run(text, {"x": X})
+    assert close(ours["y"], theirs["y"])
+    given = torch.tensor(X, requires_grad=True)
+    Interpreter(models.load(onnx.parser.parse_model(text))).run({"x": given})["y"].sum().backward()
+    assert given.grad is not None
+    # Each window hands four gradients to its largest element.
+    torch.testing.assert_close(given.grad.sum((0, 2, 3)), 2 * 9 * 4 * torch.tensor([1.0, 2.0, 3.0, 4.0]))

@@ -11,9 +11,10 @@ from torch.nn import functional
 
 from onnxopt.training.call import Call, Operator
 from onnxopt.training.ops.attention import additive, causal, join_heads, rotate, split_heads
-from onnxopt.training.ops.convolution import convolve
+from onnxopt.training.ops.convolution import convolve, max_pool
 from onnxopt.training.ops.linear import gemm
 from onnxopt.training.ops.normalization import layer_norm, rms_norm
+from onnxopt.training.ops.quantized import dequantize, quantize
 from onnxopt.training.values import NoCounterpart
 
 _HIDDEN = -10000.0
@@ -218,7 +219,16 @@ def rotary_embedding(call: Call, x: Tensor, positions: Tensor, cos: Tensor, sin:
     return join_heads(y) if flat else y
 
 
+def max_pool_last(call: Call, x: Tensor) -> Tensor:
+    """Return the largest element of each window; channels come last."""
+    y: Tensor = max_pool(call, x.movedim(-1, 1))
+    return y.movedim(1, -1)
+
+
 OPS: dict[str, Operator] = {
+    "QuantizeLinear": quantize,
+    "DequantizeLinear": dequantize,
+    "NhwcMaxPool": max_pool_last,
     "FusedConv": fused_conv,
     "FusedGemm": fused_gemm,
     "FusedMatMul": fused_matmul,
