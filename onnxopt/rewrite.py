@@ -8,6 +8,7 @@ None. Rules look, the driver edits.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -94,6 +95,27 @@ class Builder:
     def tensor(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """Add a constant that is a tensor already, without reading it."""
         return add_constant(self.scope, self._names, f"{self._base}/{name}", tensor, self._before)
+
+    def times(
+        self,
+        value: ir.Value,
+        factors: Sequence[tuple[ir.Value, float]],
+        coefficient: float = 1.0,
+        dtype: ir.DataType | None = None,
+    ) -> ir.Value:
+        """Multiply by what a product holds besides.
+
+        Args:
+            value: What is multiplied.
+            factors: The other factors and their exponents, 1 or -1.
+            coefficient: A number to multiply by at last; left out where it is 1 but for rounding.
+            dtype: Element type of the number.
+        """
+        for other, exponent in factors:
+            value = self.op("Mul" if exponent == 1 else "Div", [value, other])
+        if not math.isclose(coefficient, 1, rel_tol=1e-6):
+            value = self.op("Mul", [value, self.constant("factor", coefficient, dtype)])
+        return value
 
     def split(self, source: ir.Value, axis: int, sizes: Sequence[int] | None, parts: int) -> tuple[ir.Value, ...]:
         """Add a Split and return its outputs; without sizes the parts are equal."""

@@ -186,9 +186,7 @@ def _hard_swish(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
             value = builder.op("HardSwish", [found.x])
         else:
             value = builder.op("Mul", [found.x, builder.op("HardSigmoid", [found.x], _slope(found, dtype))])
-        for other, exponent in rest:
-            value = builder.op("Mul" if exponent == 1 else "Div", [value, other])
-        return value
+        return builder.times(value, rest)
 
     return Found(node.outputs[0], f"HardSwish of {found.x.name}", build)
 

@@ -59,12 +59,7 @@ def _rule(node: ir.Node, scope: Scope, ctx: Context) -> Found | Refused | None:
 
     def build(builder: Builder) -> ir.Value:
         dtype = ctx.shapes.dtype(x)
-        value = emit(builder, x, form, dtype)
-        for other, exponent in rest:
-            value = builder.op("Mul" if exponent == 1 else "Div", [value, other])
-        if not math.isclose(factor, 1, rel_tol=1e-6):
-            value = builder.op("Mul", [value, builder.constant("factor", factor, dtype)])
-        return value
+        return builder.times(emit(builder, x, form, dtype), rest, factor, dtype)
 
     kind = "GELU" if form == "none" else "GELU (tanh)"
     return Found(node.outputs[0], f"{kind} of {x.name}", build)

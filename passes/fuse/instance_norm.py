@@ -85,9 +85,7 @@ def _spelled(node: ir.Node, scope: Scope, ctx: Context) -> Answer:
 
     def build(builder: Builder) -> ir.Value:
         value = _operator(builder, norm.x, scale, shift, norm.epsilon, dtype)
-        for other, exponent in parts.others:
-            value = builder.op("Mul" if exponent == 1 else "Div", [value, other])
-        return value
+        return builder.times(value, parts.others)
 
     return Found(behind.end, f"InstanceNorm of {norm.x.name}", build)
 

@@ -94,7 +94,7 @@ def _layer_norm(
             [norm.x, gain] if bias is None else [norm.x, gain, bias],
             {"axis": -norm.axes, "epsilon": norm.epsilon},
         )
-        return _times(builder, value, others, coefficient, dtype)
+        return builder.times(value, others, coefficient, dtype)
 
     over = "the last axis" if norm.axes == 1 else f"the last {norm.axes} axes"
     return Found(result, f"LayerNorm of {norm.x.name} over {over}", build)
@@ -139,7 +139,7 @@ def _rms_norm(
             value = builder.op("RMSNormalization", [norm.x, gain], attributes)
         else:
             value = _recognized(builder, norm, gain, scope.opset, dtype)
-        return _times(builder, value, others, coefficient, dtype)
+        return builder.times(value, others, coefficient, dtype)
 
     return Found(node.outputs[0], f"RMSNorm of {norm.x.name}", build)
 
@@ -173,14 +173,3 @@ def _is_squared_by_pow(norm: Norm) -> bool:
     means = [v.producer() for v in total.inputs if v is not None] if total is not None else []
     squares = [m.inputs[0] for m in means if m is not None and is_op(m, "ReduceMean")]
     return any(s is not None and is_op(s.producer(), "Pow") for s in squares)
-
-
-def _times(
-    builder: Builder, value: ir.Value, others: Factors, coefficient: float, dtype: ir.DataType | None
-) -> ir.Value:
-    """Multiply what the product holds besides the normalization."""
-    for other, exponent in others:
-        value = builder.op("Mul" if exponent == 1 else "Div", [value, other])
-    if not math.isclose(coefficient, 1, rel_tol=1e-6):
-        value = builder.op("Mul", [value, builder.constant("factor", coefficient, dtype)])
-    return value
