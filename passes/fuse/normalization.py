@@ -22,6 +22,8 @@ RMS_NORMALIZATION_OPSET = 23
 AXES_AS_INPUT = 18
 """From this opset on, ReduceMean takes its axes as an input."""
 
+NO_SIZE = "there is no scale, and the normalized size is not known"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FuseNormalization(GraphPass):
@@ -40,6 +42,39 @@ class FuseNormalization(GraphPass):
         yield from rewrite(self.name, model, ctx, {"Mul": [_rule], "Div": [_rule]})
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Parts:
+    """A product that holds a normalization.
+
+    Attributes:
+        norm: The normalization.
+        scale: The factor that has just the normalized shape; None without one.
+        others: The factors besides, with exponents 1 and -1.
+        coefficient: The number among the factors.
+        dtype: Element type of what is normalized.
+    """
+
+    norm: Norm
+    scale: ir.Value | None
+    others: Factors
+    coefficient: float
+    dtype: ir.DataType | None
+
+    @property
+    def lacks_size(self) -> bool:
+        """Whether a scale has to be made up, and its size is not known."""
+        return self.scale is None and not all(isinstance(d, int) for d in self.norm.normalized)
+
+    def gain(self, builder: Builder) -> ir.Value:
+        """Return the scale that the operator asks for; ones where the product has none."""
+        sizes = tuple(d for d in self.norm.normalized if isinstance(d, int))
+        return self.scale or builder.constant("scale", np.ones(sizes), self.dtype)
+
+    def times(self, builder: Builder, value: ir.Value) -> ir.Value:
+        """Multiply by what the product holds besides normalization and scale."""
+        return builder.times(value, self.others, self.coefficient, self.dtype)
+
+
 def _rule(node: ir.Node, scope: Scope, ctx: Context) -> Found | Refused | None:
     if not is_product_root(node):
         return None
@@ -49,14 +84,11 @@ def _rule(node: ir.Node, scope: Scope, ctx: Context) -> Found | Refused | None:
         return None
     if isinstance(norm, str):
         return Refused(norm)
-    normalized = norm.normalized
-    scale, others = _take_scale(norm.rest, normalized, ctx.shapes)
+    scale, others = _take_scale(norm.rest, norm.normalized, ctx.shapes)
     if any(e not in (1, -1) for _, e in others):
         return Refused("another factor is raised to a power")
-    coefficient = product.coefficient * norm.factor
-    if norm.centred:
-        return _layer_norm(node, norm, scale, others, coefficient, normalized, scope, ctx)
-    return _rms_norm(node, norm, scale, others, coefficient, normalized, scope, ctx)
+    parts = _Parts(norm, scale, others, product.coefficient * norm.factor, ctx.shapes.dtype(norm.x))
+    return _layer_norm(node, parts, scope, ctx) if norm.centred else _rms_norm(node, parts, scope)
 
 
 def _take_scale(factors: Factors, normalized: tuple[Dim, ...], shapes: Shapes) -> tuple[ir.Value | None, Factors]:
@@ -67,34 +99,24 @@ def _take_scale(factors: Factors, normalized: tuple[Dim, ...], shapes: Shapes) -
     return None, factors
 
 
-def _layer_norm(
-    node: ir.Node,
-    norm: Norm,
-    scale: ir.Value | None,
-    others: Factors,
-    coefficient: float,
-    normalized: tuple[Dim, ...],
-    scope: Scope,
-    ctx: Context,
-) -> Found | Refused:
+def _layer_norm(node: ir.Node, parts: _Parts, scope: Scope, ctx: Context) -> Found | Refused:
+    norm = parts.norm
     if scope.opset < LAYER_NORMALIZATION_OPSET:
         return Refused(f"LayerNormalization needs opset {LAYER_NORMALIZATION_OPSET}; raise it with --opset")
-    sizes = tuple(d for d in normalized if isinstance(d, int))
-    if scale is None and len(sizes) != len(normalized):
-        return Refused("there is no scale, and the normalized size is not known")
+    if parts.lacks_size:
+        return Refused(NO_SIZE)
     result, bias = node.outputs[0], None
-    if not others and math.isclose(coefficient, 1, rel_tol=1e-6):
-        result, bias = _take_bias(node, normalized, ctx.shapes)
+    if not parts.others and math.isclose(parts.coefficient, 1, rel_tol=1e-6):
+        result, bias = _take_bias(node, norm.normalized, ctx.shapes)
 
     def build(builder: Builder) -> ir.Value:
-        dtype = ctx.shapes.dtype(norm.x)
-        gain = scale or builder.constant("scale", np.ones(sizes), dtype)
+        gain = parts.gain(builder)
         value = builder.op(
             "LayerNormalization",
             [norm.x, gain] if bias is None else [norm.x, gain, bias],
             {"axis": -norm.axes, "epsilon": norm.epsilon},
         )
-        return builder.times(value, others, coefficient, dtype)
+        return parts.times(builder, value)
 
     over = "the last axis" if norm.axes == 1 else f"the last {norm.axes} axes"
     return Found(result, f"LayerNorm of {norm.x.name} over {over}", build)
@@ -114,32 +136,21 @@ def _take_bias(node: ir.Node, normalized: tuple[Dim, ...], shapes: Shapes) -> tu
     return add.outputs[0], bias
 
 
-def _rms_norm(
-    node: ir.Node,
-    norm: Norm,
-    scale: ir.Value | None,
-    others: Factors,
-    coefficient: float,
-    normalized: tuple[Dim, ...],
-    scope: Scope,
-    ctx: Context,
-) -> Found | Refused | None:
-    sizes = tuple(d for d in normalized if isinstance(d, int))
-    standard = scope.opset >= RMS_NORMALIZATION_OPSET
-    if scale is None and len(sizes) != len(normalized):
-        return Refused("there is no scale, and the normalized size is not known")
-    if not standard and _is_recognized(node, norm, scale):
+def _rms_norm(node: ir.Node, parts: _Parts, scope: Scope) -> Found | Refused | None:
+    norm, standard = parts.norm, scope.opset >= RMS_NORMALIZATION_OPSET
+    if parts.lacks_size:
+        return Refused(NO_SIZE)
+    if not standard and _is_recognized(node, norm, parts.scale):
         return None
 
     def build(builder: Builder) -> ir.Value:
-        dtype = ctx.shapes.dtype(norm.x)
-        gain = scale or builder.constant("scale", np.ones(sizes), dtype)
+        gain = parts.gain(builder)
         if standard:
             attributes = {"axis": -norm.axes, "epsilon": norm.epsilon}
             value = builder.op("RMSNormalization", [norm.x, gain], attributes)
         else:
-            value = _recognized(builder, norm, gain, scope.opset, dtype)
-        return builder.times(value, others, coefficient, dtype)
+            value = _recognized(builder, norm, gain, scope.opset, parts.dtype)
+        return parts.times(builder, value)
 
     return Found(node.outputs[0], f"RMSNorm of {norm.x.name}", build)
 
