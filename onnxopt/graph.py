@@ -31,6 +31,8 @@ RANDOM_OPS = frozenset(
     ]
 )
 """Operators that may return something else for the same inputs."""
+OPEN_END = 2**31 - 1
+"""Positions of slices from here on lie behind the end of every axis."""
 _MANY_OUTPUTS = 64
 
 

@@ -26,10 +26,7 @@ from onnxopt.analysis.shape_view import (
     sum_of,
     tensor_shape,
 )
-from onnxopt.graph import constant_array, constant_ints, is_op
-
-_FAR = 2**31 - 1
-"""Slices that start or end here or beyond mean the end of the axis."""
+from onnxopt.graph import OPEN_END, constant_array, constant_ints, is_op
 
 
 def _same(view: View) -> list[PartialShape]:
@@ -303,7 +300,7 @@ def _sliced(view: View, index: int) -> tuple[Dim | None, ...]:
 def _slice_length(view: View, size: Dim, start: Dim | None, end: Dim | None, step: Dim | None) -> Dim | None:
     if start is None or end is None or not isinstance(step, int) or step == 0:
         return None
-    if step < 0 and isinstance(end, int) and end >= _FAR:
+    if step < 0 and isinstance(end, int) and end >= OPEN_END:
         return None  # nothing by the standard, all that is left in ONNX Runtime
     high = size if step > 0 else size - 1
     first = _clamped(view, start, size, dims.minimum(0, high), high)
@@ -317,7 +314,7 @@ def _slice_length(view: View, size: Dim, start: Dim | None, end: Dim | None, ste
 
 def _clamped(view: View, position: Dim, size: Dim, low: Dim, high: Dim) -> Dim | None:
     """Return where a slice starts or ends, negative positions counted from the end."""
-    if isinstance(position, int) and abs(position) >= _FAR:
+    if isinstance(position, int) and abs(position) >= OPEN_END:
         return high if position > 0 else low
     if view.knowledge.nonneg(position):
         return dims.minimum(position, high)

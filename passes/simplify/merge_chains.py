@@ -10,11 +10,8 @@ import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
-from onnxopt.graph import Scope, attribute, constant_ints, constant_tensor, has_references, is_op, only_use
+from onnxopt.graph import OPEN_END, Scope, attribute, constant_ints, constant_tensor, has_references, is_op, only_use
 from onnxopt.rewrite import Answer, Builder, Found, Refused, Same, rewrite
-
-_OPEN_END = 2**31 - 1
-"""Slices that end here or later take everything; no axis is longer."""
 
 NEGATIVE_INDICES = 11
 """From this opset on, Gather takes indices that count from the end."""
@@ -263,7 +260,7 @@ def _joined(first: _Cut, second: _Cut) -> _Cut | None:
     if first.step != 1 or second.step != 1 or min(first.start, second.start, second.end) < 0:
         return None
     start = first.start + second.start
-    if second.end >= _OPEN_END:
+    if second.end >= OPEN_END:
         return _Cut(start, first.end, 1)
     if first.end < 0:
         return None
@@ -294,7 +291,7 @@ def _is_one(cut: _Cut) -> bool:
     """Whether a cut is of one element, or of none where the index would be out of bounds."""
     if cut.step != 1:
         return False
-    return cut.end == cut.start + 1 if cut.start != -1 else cut.end >= _OPEN_END
+    return cut.end == cut.start + 1 if cut.start != -1 else cut.end >= OPEN_END
 
 
 def _axes(node: ir.Node, opset: int, since: int) -> tuple[int, ...] | None:

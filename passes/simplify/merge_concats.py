@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
+    OPEN_END,
     Scope,
     attribute,
     cannot_replace,
@@ -26,9 +27,6 @@ from onnxopt.graph import (
     use_count,
 )
 from onnxopt.rewrite import Answer, Builder, Found, Same, rewrite
-
-_OPEN_END = 2**31 - 1
-"""Slices that end here or later take everything; no axis is longer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -231,7 +229,7 @@ def _is_all(piece: _Piece, axis: int, shapes: Shapes) -> bool:
         return False
     shape = shapes.of(piece.source)
     size = shape[axis] if shape is not None and axis < len(shape) else None
-    return piece.end >= _OPEN_END or (isinstance(size, int) and piece.end >= size)
+    return piece.end >= OPEN_END or (isinstance(size, int) and piece.end >= size)
 
 
 def _cut(builder: Builder, piece: _Piece, axis: int, scope: Scope, singles: Mapping[_Piece, ir.Value]) -> ir.Value:

@@ -14,6 +14,7 @@ from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
+    OPEN_END,
     STANDARD_DOMAINS,
     Scope,
     attribute,
@@ -30,9 +31,6 @@ from onnxopt.graph import (
     scopes,
     use_count,
 )
-
-_OPEN_END = 2**31 - 1
-"""Slices that end here or later take everything; no axis is longer."""
 
 _MAX_NEUTRAL_BYTES = 1 << 24
 """Larger operands are not read to see whether they are all zero or all one."""
@@ -223,7 +221,7 @@ def _slice(n: _Node) -> bool:
 
 
 def _takes_all(n: _Node, start: int, end: Dim | None, axis: int) -> bool:
-    if start == 0 and isinstance(end, int) and end >= _OPEN_END:
+    if start == 0 and isinstance(end, int) and end >= OPEN_END:
         return True
     shape = n.shape
     dim = shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
