@@ -271,11 +271,6 @@ def known_int(dim: Dim | None) -> int | None:
     return dim if isinstance(dim, int) else None
 
 
-def provably_equal(a: Dim, b: Dim) -> bool:
-    """Whether both are the same number in every run."""
-    return a == b
-
-
 def provably_different(a: Dim, b: Dim) -> bool:
     """Whether they are never the same number."""
     difference = a - b

@@ -1,6 +1,6 @@
-"""Sums up the products of vectors that go through a model: the Gram matrix X^T X, and X^T Y of two of them.
+"""Sums up the products of vectors that go through a model: the Gram matrix X^T X.
 
-From these the square error of a linear layer follows for any change of its weight, without the vectors themselves.
+From it the square error of a linear layer follows for any change of its weight, without the vectors themselves.
 """
 
 from __future__ import annotations
@@ -65,29 +65,3 @@ class Gram:
     def mean(self) -> Array:
         """The mean vector; zero before the first one."""
         return self.sum / max(self.count, 1)
-
-
-class CrossGram:
-    """Sums up X^T Y of two values of the same run, for example of a layer's input before and after a change.
-
-    Attributes:
-        total: X^T Y, (size of X, size of Y).
-        count: Pairs of vectors seen.
-    """
-
-    def __init__(self, sizes: tuple[int, int], axis: int = -1, dtype: Any = np.float32) -> None:
-        """Start from zero; see `Gram` for the arguments."""
-        self.sizes, self.axis, self.count = sizes, axis, 0
-        self.total: Array = np.zeros(sizes, dtype)
-
-    def add(self, left: Array, right: Array) -> None:
-        """Take in an array of each.
-
-        Raises:
-            ValueError: If they do not hold equally many vectors of the right sizes.
-        """
-        x, y = _vectors(left, self.axis, self.sizes[0]), _vectors(right, self.axis, self.sizes[1])
-        if len(x) != len(y):
-            raise ValueError(f"{len(x)} vectors do not pair with {len(y)}")
-        self.count += len(x)
-        self.total += x.T @ y

@@ -80,8 +80,8 @@ def test_exact_division() -> None:
 def test_equal_is_hashable_and_order_does_not_matter() -> None:
     assert B * S + H == H + S * B
     assert len({B + S, S + B, B}) == 2
-    assert dims.provably_equal(2 * (B + S), 2 * B + 2 * S)
-    assert not dims.provably_equal(B, S)
+    assert 2 * (B + S) == 2 * B + 2 * S
+    assert B != S
 
 
 def test_named_and_opaque_symbols_differ() -> None:
@@ -244,7 +244,7 @@ def test_expressions_mean_what_python_computes(drawn: tuple[Dim, list[int | None
 def test_claims_about_pairs_hold(first: tuple[Dim, list[int | None]], second: tuple[Dim, list[int | None]]) -> None:
     (a, left), (b, right) = first, second
     pairs = [(x, y) for x, y in zip(left, right, strict=True) if x is not None and y is not None]
-    if dims.provably_equal(a, b):
+    if a == b:
         assert all(x == y for x, y in pairs)
     if dims.provably_different(a, b):
         assert all(x != y for x, y in pairs)

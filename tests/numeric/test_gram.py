@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxopt.numeric.gram import CrossGram, Gram
+from onnxopt.numeric.gram import Gram
 
 
 def random(*shape: int, seed: int = 0) -> np.ndarray:
@@ -50,16 +50,6 @@ def test_what_cannot_be_squared_is_not_usable(odd: float) -> None:
     assert not gram.usable
 
 
-def test_cross_products() -> None:
-    cross = CrossGram((4, 6))
-    x, y = random(2, 5, 4), random(2, 5, 6, seed=1)
-    cross.add(x, y)
-    assert cross.count == 10
-    np.testing.assert_allclose(cross.total, x.reshape(-1, 4).T @ y.reshape(-1, 6), rtol=1e-5, atol=1e-5)
-
-
 def test_arrays_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"axis -1 of an array of shape \(2, 4\) should have 3 elements"):
         Gram(3).add(random(2, 4))
-    with pytest.raises(ValueError, match="4 vectors do not pair with 2"):
-        CrossGram((3, 3)).add(random(4, 3), random(2, 3))
