@@ -8,6 +8,8 @@ from onnxopt.cli.options.results import json_option, quiet_option, report_file_o
 from onnxopt.cli.options.running import provider_options, seed_option, threads_option
 from onnxopt.cli.options.values import F, Fraction, decorated
 
+_NUMBER = click.IntRange(min=1)
+
 
 def labelled_options(function: F) -> F:
     """Add the options of commands that fit a classifier to labelled samples."""
@@ -46,20 +48,53 @@ def labelled_options(function: F) -> F:
 
 def training_options(function: F) -> F:
     """Add the options of training. What is not given is None; `given` leaves it to the defaults of the library."""
-    number = click.IntRange(min=1)
     return decorated(
         function,
         click.option("--output", "-o", metavar="OUT", type=click.Path(), required=True, help="Where the result goes."),
+        _parameters,
+        _steps,
+        _judging,
+        _normalization,
+        _variety,
+        click.option(
+            "--checkpoint",
+            metavar="FILE.safetensors",
+            type=click.Path(dir_okay=False),
+            help="Keep the state after each epoch here, and go on from it.",
+        ),
+        threads_option(),
+        click.option(
+            "--device",
+            type=click.Choice(["cpu", "cuda"]),
+            help="What torch computes on; ONNX Runtime, which judges, stays on the processor.",
+        ),
+        seed_option(),
+        json_option(),
+        quiet_option(),
+    )
+
+
+def _parameters(function: F) -> F:
+    """Add what says which parameters are trained."""
+    return decorated(
+        function,
         click.option(
             "--freeze", metavar="GLOB", multiple=True, help="Leave parameters of such names; may be repeated."
         ),
         click.option(
             "--train", metavar="GLOB", multiple=True, help="Train only parameters of such names; may be repeated."
         ),
+    )
+
+
+def _steps(function: F) -> F:
+    """Add what says how many steps are taken, and how long they are."""
+    return decorated(
+        function,
         click.option(
             "--epochs",
             metavar="N",
-            type=number,
+            type=_NUMBER,
             help="Most passes over the samples; by default 20, and 100 for distill.",
         ),
         click.option(
@@ -69,7 +104,7 @@ def training_options(function: F) -> F:
             type=float,
             help="Highest learning rate, by default 0.001; try 5e-5 for transformers.",
         ),
-        click.option("--batch", metavar="N", type=number, help="Samples per step, by default 32."),
+        click.option("--batch", metavar="N", type=_NUMBER, help="Samples per step, by default 32."),
         click.option(
             "--weight-decay", metavar="X", type=float, help="Decay of matrices; by default 0.01, and 0 for distill."
         ),
@@ -79,6 +114,13 @@ def training_options(function: F) -> F:
             type=float,
             help="Factor of the learning rate from a layer to the one before it, by default 1.",
         ),
+    )
+
+
+def _judging(function: F) -> F:
+    """Add what says which samples judge, and when to stop."""
+    return decorated(
+        function,
         click.option(
             "--validation",
             type=Fraction(below_one=True),
@@ -95,9 +137,16 @@ def training_options(function: F) -> F:
         click.option(
             "--patience",
             metavar="N",
-            type=number,
+            type=_NUMBER,
             help="Stop after so many epochs without a better state; by default 5, and 25 for distill.",
         ),
+    )
+
+
+def _normalization(function: F) -> F:
+    """Add what says how BatchNormalization is trained."""
+    return decorated(
+        function,
         click.option(
             "--batchnorm",
             type=click.Choice(["frozen", "batch", "restored"]),
@@ -110,6 +159,13 @@ def training_options(function: F) -> F:
             multiple=True,
             help="Restore one only behind layers whose weights have such names; may be repeated.",
         ),
+    )
+
+
+def _variety(function: F) -> F:
+    """Add what says how samples are varied."""
+    return decorated(
+        function,
         click.option("--shift", metavar="PIXELS", type=click.IntRange(min=0), help="Move images at random by so much."),
         click.option("--noise", type=Fraction(), help="Add noise, as a fraction of the inputs' deviation."),
         click.option(
@@ -118,19 +174,4 @@ def training_options(function: F) -> F:
             type=float,
             help="Mix pairs of samples (mixup); 0 for none, by default for finetune, and 1 by default for distill.",
         ),
-        click.option(
-            "--checkpoint",
-            metavar="FILE.safetensors",
-            type=click.Path(dir_okay=False),
-            help="Keep the state after each epoch here, and go on from it.",
-        ),
-        threads_option(),
-        click.option(
-            "--device",
-            type=click.Choice(["cpu", "cuda"]),
-            help="What torch computes on; ONNX Runtime, which judges, stays on the processor.",
-        ),
-        seed_option(),
-        json_option(),
-        quiet_option(),
     )
