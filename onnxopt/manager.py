@@ -9,9 +9,10 @@ replayed from the checkpoint with a limit on the number of edits, bisecting to t
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from onnxopt.contract import AppliedEdit, Context, DroppedEdit, GraphPass, Guarantee, PassReport, Progress, Silent
@@ -146,7 +147,10 @@ def _settle(
             verdict = judge(trial.model, guarantee)
         if verdict.ok:
             return trial
-        guilty = _bisect(checkpoint, segment, ctx, judge, denials, trial, verdict, progress, repairing=equal.ok)
+        judged = functools.partial(_judged, checkpoint, segment, ctx, judge, denials, repairing=equal.ok)
+        guilty = _bisect(len(trial.culprits), verdict.reason, judged, progress)
+        if guilty.index < 1:
+            _require_sound(checkpoint, judge, guarantee)
         _deny_guilty(segment, guilty, trial, denials)
 
 
@@ -166,39 +170,56 @@ class _Guilty:
     reason: str
 
 
-def _bisect(
+def _judged(
     checkpoint: ir.Model,
     segment: Numbered,
     ctx: Context,
     judge: Judge,
     denials: Denials,
-    whole: Trial,
-    verdict: Verdict,
-    progress: Progress,
+    edits: int,
     *,
     repairing: bool,
-) -> _Guilty:
-    """Find a k so that the first k edits pass and the first k + 1 fail, as `whole` does.
+) -> Verdict:
+    """Judge the first so many edits.
 
-    `repairing` tells that it passed before repairs. Only then repairs are made, and only then the guarantee is asked
-    for; otherwise it is what the edits must equal that fails.
+    `repairing` tells that all of them pass before repairs. Only then repairs are made, and only then the guarantee is
+    asked for; otherwise it is what the edits must equal that fails.
     """
-    passing, failing, reason = 0, len(whole.culprits), verdict.reason
+    trial = attempt(checkpoint, segment, ctx, denials, limit=edits, repairing=repairing)
+    return judge(trial.model, segment[0][1].guarantee) if repairing else _equal(judge, trial)
+
+
+def _bisect(edits: int, reason: str, judged: Callable[[int], Verdict], progress: Progress) -> _Guilty:
+    """Find a k so that the first k edits pass and the first k + 1 fail.
+
+    Args:
+        edits: How many edits there are; all of them together fail.
+        reason: Why they do.
+        judged: Judges the first so many.
+        progress: Told what is being done.
+    """
+    passing, failing = 0, edits
     progress.stage("looking for the edit to blame", total=failing.bit_length())
     while failing - passing > 1:
         middle = (passing + failing) // 2
-        trial = attempt(checkpoint, segment, ctx, denials, limit=middle, repairing=repairing)
-        middle_verdict = judge(trial.model, segment[0][1].guarantee) if repairing else _equal(judge, trial)
-        if middle_verdict.ok:
+        verdict = judged(middle)
+        if verdict.ok:
             passing = middle
         else:
-            failing, reason = middle, middle_verdict.reason
+            failing, reason = middle, verdict.reason
         progress.advance()
-    if passing == 0:
-        baseline = judge(checkpoint, segment[0][1].guarantee)
-        if not baseline.ok:
-            raise VerificationError(f"The model fails verification before any edit: {baseline.reason}")
     return _Guilty(failing - 1, reason)
+
+
+def _require_sound(checkpoint: ir.Model, judge: Judge, guarantee: Guarantee) -> None:
+    """Judge the model without any edit: where the first one is to blame, it may be bad by itself.
+
+    Raises:
+        VerificationError: If it is judged bad.
+    """
+    baseline = judge(checkpoint, guarantee)
+    if not baseline.ok:
+        raise VerificationError(f"The model fails verification before any edit: {baseline.reason}")
 
 
 def _deny_guilty(segment: Numbered, guilty: _Guilty, trial: Trial, denials: Denials) -> None:
