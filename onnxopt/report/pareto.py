@@ -13,8 +13,11 @@ from onnxopt.report.markup import Html, drawing, tag
 if TYPE_CHECKING:
     from onnxopt.report.data import Candidate, SearchReport
 
-_WIDTH, _HEIGHT = 640, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 18, 46
+_WIDTH, _HEIGHT = 760, 340
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 216, 18, 46
+"""To the right is room for the names, one below the other."""
+_NAME, _LINE = 34, 13
+"""Letters of a name, and the height of its line."""
 _SMALLEST, _LARGEST = 5.0, 16.0
 """Radii; the area of a disc goes with the size of the file."""
 
@@ -46,9 +49,9 @@ class _Scale:
         """Return where a loss stands; less is lower."""
         floor, height = _HEIGHT - _BOTTOM, _HEIGHT - _TOP - _BOTTOM
         if loss < 10.0**self.lowest:
-            return floor - 0.04 * height
+            return floor - 0.06 * height
         part = (math.log10(loss) - self.lowest) / (self.highest - self.lowest)
-        return floor - (0.08 + 0.92 * min(part, 1.0)) * height
+        return floor - (0.14 + 0.86 * min(part, 1.0)) * height
 
 
 def picture(search: SearchReport) -> Html | None:
@@ -63,10 +66,10 @@ def picture(search: SearchReport) -> Html | None:
     limit = search.max_drop if search.metric and search.max_drop is not None else search.max_error
     scale = _scale(dots, limit)
     parts = [*_frame(scale, summary.quality_title(search)), *_budget(scale, limit), _line(scale, front(dots))]
+    parts += _names(scale, dots)
     biggest = max(d.candidate.bytes or 1 for d in dots)
     for dot in sorted(dots, key=lambda d: -(d.candidate.bytes or 0)):
         parts.append(_disc(scale, dot, biggest))
-    parts += _labels(scale, dots)
     description = f"Latency and {summary.quality_title(search)} of {words.count(len(dots), 'candidate')}"
     return drawing(description, parts, _WIDTH, _HEIGHT)
 
@@ -152,17 +155,34 @@ def _disc(scale: _Scale, dot: _Dot, biggest: int) -> Html:
     )
 
 
-def _labels(scale: _Scale, dots: Sequence[_Dot]) -> list[Html]:
-    """Write names beside the discs, from the top down, so that none covers another."""
+def _names(scale: _Scale, dots: Sequence[_Dot]) -> list[Html]:
+    """Write the names one below the other, each with a line to its disc."""
     parts: list[Html] = []
-    last = -math.inf
-    for dot in sorted(dots, key=lambda d: scale.y(d.loss)):
-        x, y = scale.x(dot.ratio), scale.y(dot.loss)
-        y = last = max(y + 4, last + 13)
-        left = x > 0.6 * _WIDTH
-        name = dot.candidate.name + (" (winner)" if dot.candidate.status == "winner" else "")
-        parts.append(_text(name, x - 20 if left else x + 20, y, "end" if left else "start"))
+    ordered = sorted(dots, key=lambda d: (scale.y(d.loss), -d.ratio))
+    start = _WIDTH - _RIGHT + 14
+    for dot, y in zip(ordered, spread([scale.y(d.loss) for d in ordered], _LINE, _TOP, _HEIGHT - _BOTTOM), strict=True):
+        end = " (winner)" if dot.candidate.status == "winner" else ""
+        path = f"M {scale.x(dot.ratio):.1f} {scale.y(dot.loss):.1f} L {start - 10} {y:.1f} L {start - 3} {y:.1f}"
+        parts.append(tag("path", d=path, class_="leader"))
+        parts.append(_text(words.fold(dot.candidate.name, _NAME - len(end)) + end, start, y + 4, "start"))
     return parts
+
+
+def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Move places apart, in their order, and keep them between two ends.
+
+    Args:
+        places: In ascending order.
+        gap: Between neighbours; less where there is no room for it.
+        low: The lower end.
+        high: The upper end.
+    """
+    gap = min(gap, (high - low) / max(len(places) - 1, 1))
+    found: list[float] = []
+    for i, place in enumerate(places):
+        least = found[-1] + gap if found else low
+        found.append(min(max(place, least), high - gap * (len(places) - 1 - i)))
+    return found
 
 
 def _text(text: str, x: float, y: float, anchor: str) -> Html:

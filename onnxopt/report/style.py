@@ -64,6 +64,7 @@ svg text { fill: var(--dim); font-size: 11px; }
 .limit { stroke: var(--ink); stroke-width: 1.5; }
 .pareto { width: 100%; height: auto; margin: 4px 0 14px; }
 .front { fill: none; stroke: var(--good); stroke-width: 1.5; stroke-dasharray: 4 3; }
+.leader { fill: none; stroke: var(--dim); stroke-width: .7; opacity: .5; }
 .curve { fill: none; stroke-width: 2; }
 g.better { stroke: var(--good); } g.worse { stroke: var(--bad); }
 g.same { stroke: var(--same); } g.stage { stroke: var(--stage); }

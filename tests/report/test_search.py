@@ -11,6 +11,8 @@ from collections.abc import Callable
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from onnxopt.report import pareto, summary
 from onnxopt.report.data import Report, SearchReport
@@ -128,7 +130,7 @@ def test_the_picture_places_by_latency_and_loss_and_sizes_by_size(search: Search
     assert over[1] < winner[1] < keep[1], "less loss is lower"
     assert winner[2] < keep[2] < found["dynamic int8"][2]
     for x, y, _ in found.values():
-        assert 0 < x < 640
+        assert 0 < x < 760
         assert 0 < y < 340
 
 
@@ -157,10 +159,23 @@ def test_one_candidate_alone_makes_no_picture(search: SearchReport) -> None:
     assert pareto.picture(dataclasses.replace(search, candidates=search.candidates[:1])) is None
 
 
-def test_labels_do_not_cover_each_other(search: SearchReport) -> None:
+@pytest.mark.parametrize("count", [2, 9, 40])
+def test_names_stand_below_each_other_within_the_picture(search: SearchReport, count: int) -> None:
     crowd = tuple(
-        dataclasses.replace(search.candidates[2], name=f"candidate {i}", ratio=0.3 + 0.001 * i) for i in range(9)
+        dataclasses.replace(search.candidates[2], name=f"candidate {i}", ratio=0.3 + 0.001 * i) for i in range(count)
     )
     drawn = picture(dataclasses.replace(search, candidates=crowd))
     places = sorted(float(t.attrib["y"]) for t in drawn.iter("text") if (t.text or "").startswith("candidate "))
-    assert all(b - a >= 12.9 for a, b in itertools.pairwise(places))
+    assert len(places) == count
+    assert places[0] > 0
+    assert places[-1] < 340
+    assert min(b - a for a, b in itertools.pairwise(places)) > (10 if count < 10 else 5)
+
+
+@given(st.lists(st.floats(-50, 150), min_size=1, max_size=30).map(sorted), st.floats(0.1, 20))
+def test_places_are_spread_in_order_between_the_ends(places: list[float], gap: float) -> None:
+    found = pareto.spread(places, gap, 0.0, 100.0)
+    narrow = min(gap, 100 / max(len(places) - 1, 1)) - 1e-9
+    assert all(b - a >= narrow for a, b in itertools.pairwise(found))
+    assert found[0] >= -1e-9
+    assert found[-1] <= 100 + 1e-9
