@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.errors import UsageError
-from onnxopt.graph import scopes
+from onnxopt.graph import copied, scopes
 from onnxopt.proto.collector import garbage_collection_paused
 from onnxopt.proto.inference import infer_types
 from onnxopt.registry import nearest
@@ -32,8 +32,7 @@ def fix_shape(model: ir.Model, sizes: Mapping[str, int]) -> ir.Model:
         UsageError: If there is no such axis, it has another size already, or a size is less than 1.
     """
     with garbage_collection_paused():
-        result = model.clone()
-        result.meta.update(model.meta)
+        result = copied(model)
         names = _fix_inputs(result.graph, sizes)
         for value in _values(result):
             if value.shape is not None:

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxopt.errors import ModelError, UsageError
-from onnxopt.graph import STANDARD_DOMAINS, Names, Scope, bodies, constant_tensor, scopes
+from onnxopt.graph import STANDARD_DOMAINS, Names, Scope, bodies, constant_tensor, copied, scopes
 from onnxopt.proto.collector import garbage_collection_paused
 from onnxopt.proto.encode import encode_node, encode_type
 from onnxopt.proto.inference import SMALL, infer_types
@@ -51,8 +51,7 @@ def convert_opset(model: ir.Model, version: int) -> ir.Model:
     if all(s.opset in (0, version) for s in scopes(model)):
         return model
     with garbage_collection_paused():
-        result = model.clone()
-        result.meta.update(model.meta)
+        result = copied(model)
         _Conversion(result, version).run()
     for imports in (result.opset_imports, *(f.opset_imports for f in result.functions.values())):
         for domain in STANDARD_DOMAINS:

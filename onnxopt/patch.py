@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from onnxopt.contract import Guarantee
 from onnxopt.errors import ModelError
-from onnxopt.graph import scopes
+from onnxopt.graph import copied, scopes
 from onnxopt.model import load, save
 from onnxopt.proto.keys import HAD_EXTERNAL_DATA
 
@@ -90,7 +90,7 @@ def write_patch(original: ir.Model, result: ir.Model, history: History, path: st
     Raises:
         OutputError: If it cannot be written.
     """
-    patch = _copy(result)
+    patch = copied(result)
     patch.graph.meta.pop(HAD_EXTERNAL_DATA, None)
     stands: dict[str, dict[str, Any]] = {}
     finder = _Finder(original)
@@ -320,12 +320,6 @@ def _in_fields(tensor: ir.TensorProtocol) -> bool:
 
 def _empty(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.Tensor(np.zeros([0], tensor.dtype.numpy()), dtype=tensor.dtype, name=tensor.name)
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
 
 
 def _free_initializers(model: ir.Model) -> Iterator[tuple[str, ir.Value]]:

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnxopt.errors import ModelError
-from onnxopt.graph import Names, Scope, add_constant, insert_before, named
+from onnxopt.graph import Names, Scope, add_constant, copied, insert_before, named
 from onnxopt.instantiate import Bindings, Instantiation
 from onnxopt.model import convert_opset
 
@@ -72,7 +72,7 @@ def _aligned(models: Sequence[ir.Model], names: Sequence[str]) -> list[ir.Model]
     imports: dict[str, tuple[int, str]] = {}
     found = []
     for model, name in zip(models, names, strict=True):
-        copy = convert_opset(model, newest) if 0 < model.opset_imports.get("", 0) < newest else _copy(model)
+        copy = convert_opset(model, newest) if 0 < model.opset_imports.get("", 0) < newest else copied(model)
         if copy.functions:
             InlinePass()(copy)
         for domain, version in copy.opset_imports.items():
@@ -86,12 +86,6 @@ def _aligned(models: Sequence[ir.Model], names: Sequence[str]) -> list[ir.Model]
     for domain, (version, _) in imports.items():
         found[0].opset_imports[domain] = version
     return found
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
 
 
 def _add(whole: ir.Model, model: ir.Model, name: str, names: Names, end: ir.Node) -> Part:

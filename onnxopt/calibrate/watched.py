@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from onnxopt.calibrate.walk import reads
 from onnxopt.feeds import Feed
+from onnxopt.graph import copied
 from onnxopt.runtime import RunOptions, open_session
 from onnxopt.session.loaded import Session
 
@@ -64,8 +65,7 @@ def revealing(model: ir.Model, names: Sequence[str]) -> ir.Model:
     Raises:
         ValueError: If there is no such value.
     """
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = copied(model)
     values = {v.name: v for node in copy.graph for v in node.outputs}
     present = {v.name for v in copy.graph.outputs}
     for name in dict.fromkeys(names):

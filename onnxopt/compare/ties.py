@@ -51,8 +51,7 @@ def _ranking(node: ir.Node, axis: int, keeps_axis: bool) -> Ranking | None:
 
 def with_scores(model: ir.Model, found: Ranking) -> ir.Model:
     """Return a copy of the model that also outputs the ranked values, under their own name."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = graphs.copied(model)
     known = {v.name: v for v in copy.graph.inputs}
     known |= {v.name: v for node in copy.graph for v in node.outputs}
     scores = known[found.scores]

@@ -15,6 +15,7 @@ from onnxopt.compare.tolerance import Rounding, roundings
 from onnxopt.errors import DataError, RuntimeFailure
 from onnxopt.feeds import Data, Feed
 from onnxopt.graft.reasons import RefusedError
+from onnxopt.graph import copied
 from onnxopt.runtime import RunOptions, open_session
 
 FEEDS = 4
@@ -184,8 +185,7 @@ def _match(name: str, expected: Sequence[Any], found: Sequence[Any], rounding: R
 
 def _revealing(model: ir.Model, names: Sequence[str]) -> ir.Model:
     """Return a copy whose outputs are these values of the main graph."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = copied(model)
     values = {v.name: v for node in copy.graph for v in node.outputs}
     copy.graph.outputs.clear()
     copy.graph.outputs.extend(values[name] for name in names)

@@ -9,7 +9,7 @@ from onnxopt.analysis.shapes import Shapes
 from onnxopt.graft.cut import Part
 from onnxopt.graft.probe import Probe
 from onnxopt.graft.reasons import RefusedError
-from onnxopt.graph import STANDARD_DOMAINS, drop_unused_initializers, remove_node, scopes, use_count
+from onnxopt.graph import STANDARD_DOMAINS, copied, drop_unused_initializers, remove_node, scopes, use_count
 from onnxopt.proto.collector import garbage_collection_paused
 from onnxopt.proto.inference import infer_types
 from onnxopt.proto.keys import TRAINING_INFO
@@ -101,8 +101,7 @@ def standalone(part: Part, types: Types | None = None) -> ir.Model:
     types = types or Types(part.model)
     described = {v: (types.type(v), types.shape(v)) for v in (*part.inputs, *part.outputs)}
     with garbage_collection_paused():
-        copy = part.model.clone()
-        copy.meta.update(part.model.meta)
+        copy = copied(part.model)
         graph = copy.graph
         graph.meta.pop(TRAINING_INFO, None)
         kept = {new for old, new in zip(part.model.graph, graph, strict=True) if old in set(part.nodes)}

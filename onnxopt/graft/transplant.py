@@ -26,6 +26,7 @@ from onnxopt.graft.request import Consent, Request
 from onnxopt.graft.slicing import Types, standalone
 from onnxopt.graft.splice import Copy, Fit, Splice, insertion
 from onnxopt.graft.wiring import Plan, Wiring, wire
+from onnxopt.graph import copied
 from onnxopt.runtime import RunOptions
 
 _FIT_SAMPLES = 64
@@ -176,8 +177,7 @@ def raised(request: Request, before: Probe) -> tuple[ir.Model, tuple[tuple[str, 
         RefusedError: If it cannot be converted, or computes something else then.
     """
     host, opset = request.host, _opset(request.donor)
-    result = host.clone()
-    result.meta.update(host.meta)
+    result = copied(host)
     if not 0 < _opset(host) < opset:
         return result, ()
     try:

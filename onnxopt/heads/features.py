@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxopt.contract import Progress
 from onnxopt.errors import DataError, RuntimeFailure
 from onnxopt.feeds import Data, Feed
-from onnxopt.graph import Names, all_nodes
+from onnxopt.graph import Names, all_nodes, copied
 from onnxopt.probe.classifier import Array
 from onnxopt.runtime import RunOptions, open_session
 from onnxopt.session.loaded import Session
@@ -76,8 +76,7 @@ def first_of(model: ir.Model, name: str, data: Data, options: RunOptions) -> np.
 
 def showing(model: ir.Model, name: str) -> tuple[ir.Model, str]:
     """Return a copy with a value as its only output, and what that is called."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = copied(model)
     value = value_named(copy, name)
     if value.producer() is None:
         node = ir.node("Identity", [value], name=Names(copy).fresh("shown"))

@@ -13,7 +13,7 @@ from onnxopt.analysis.task import class_scores, main_output
 from onnxopt.analysis.weights import FLOATS
 from onnxopt.errors import ModelError, UsageError
 from onnxopt.feeds import Data
-from onnxopt.graph import attribute, constant_tensor, is_op
+from onnxopt.graph import attribute, constant_tensor, copied, is_op
 from onnxopt.heads.attach import append_head, name_classes, replace_head
 from onnxopt.heads.features import first_of, value_named, values_of
 from onnxopt.heads.locate import Head, find_head, is_layer, weight_shape
@@ -87,15 +87,13 @@ def written(
     notes: list[str] = []
     changed = {planned.output}
     if planned.replaces:
-        model = source.clone()
-        model.meta.update(source.meta)
+        model = copied(source)
         found = find_head(model)
         assert isinstance(found, Head), "the plan has found a head in the same graph"
         changed = {v.name or "" for v in found.outputs}
         notes = replace_head(model, found, fitted)
     else:
-        model = planned.trunk.clone()
-        model.meta.update(planned.trunk.meta)
+        model = copied(planned.trunk)
         vectors = value_named(model, planned.features)
         append_head(model, vectors, fitted, planned.dtype, activation=planned.activation, name=planned.output)
     name_classes(model, classes)
@@ -104,8 +102,7 @@ def written(
 
 def inlined(model: ir.Model) -> ir.Model:
     """Return a copy without functions: a head may be inside one."""
-    copy = model.clone()
-    copy.meta.update(model.meta)
+    copy = copied(model)
     if copy.functions:
         InlinePass()(copy)
     return copy
@@ -138,7 +135,7 @@ def _of_head(model: ir.Model, head: Head, first: np.ndarray) -> Plan:
     flatten, why = _form(head, first)
     if why:
         return _appended(model, name, first, output.name, _single(head.activation), [why])
-    trunk = _copy(model)
+    trunk = copied(model)
     vectors, how = pool(trunk, value_named(trunk, name), first.ndim, _dtype(first), flatten=flatten)
     notes = [f'Features are "{name}", {how}.'] if how and how != "flattened" else []
     kind = head.node.op_type if head.bias is None else "MatMul and Add"
@@ -167,7 +164,7 @@ def _appended(model: ir.Model, name: str, first: np.ndarray, output: str, activa
     Raises:
         ModelError: If no vector per sample can be made of the value.
     """
-    trunk = _copy(model)
+    trunk = copied(model)
     if _dtype(first) not in FLOATS:
         raise ModelError(f'"{name}" holds no floating-point numbers; choose other features with --at.')
     try:
@@ -197,12 +194,6 @@ def _named(model: ir.Model, name: str) -> ir.Value:
         near = nearest(name, [n for n in values if n])
         raise UsageError(f'The main graph has no value "{name}".{near}')
     return values[name]
-
-
-def _copy(model: ir.Model) -> ir.Model:
-    copy = model.clone()
-    copy.meta.update(model.meta)
-    return copy
 
 
 def _dtype(array: np.ndarray) -> ir.DataType:
