@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.graph import attribute, constant_array, is_op, only_use
-from onnxopt.transfer.quantized import Product
+from onnxopt.transfer.quantized import Dequantized, Product, along
 from onnxopt.transfer.real import Sums
 from onnxopt.transfer.site import At
 from onnxopt.transfer.tensors import Store, reshaped
@@ -269,7 +270,7 @@ def _layer(at: At) -> None:
     """Read the bias of a layer between pairs: its stored scale has to be that of the sums it is added to."""
     bias, x, weight = at.input(2), at.input(0), at.input(1)
     pairs = [None if v is None else v.producer() for v in (x, weight, bias)]
-    if not all(p is not None and is_op(p, "DequantizeLinear") for p in pairs):
+    if not all(is_op(p, "DequantizeLinear") or is_op(p, "DequantizeLinear", domain=_MS) for p in pairs):
         return
     before, kernel, own = (p for p in pairs if p is not None)
     dtype = at.conversion.tracer.shapes.dtype(own.inputs[0]) if own.inputs[0] is not None else None
@@ -282,8 +283,24 @@ def _layer(at: At) -> None:
         return
     made = at.weight(own.inputs[0], product, None, (-1,))
     if made is not None:
+        restored = at.conversion.real.tensors[made]
+        if isinstance(restored, Dequantized):
+            at.conversion.real.tensors[made] = dataclasses.replace(restored, summed=_stored(at, kernel))
         at.node.replace_input_with(2, made)
         at.conversion.real.sums.append(Sums(at.conversion.real.value(stored), product))
+
+
+def _stored(at: At, node: ir.Node) -> Dequantized | None:
+    """Return stored integers that a DequantizeLinear restores, with one step or one per channel."""
+    tracer, given = at.conversion.tracer, node.inputs[0]
+    integers, scale = tracer.tensor(given), tracer.tensor(node.inputs[1])
+    dtype = None if given is None else tracer.shapes.dtype(given)
+    if integers is None or scale is None or dtype is None or attribute(node, "block_size", 0):
+        return None
+    zero = tracer.tensor(node.inputs[2]) if len(node.inputs) > 2 else None
+    rank, axis = len(integers.shape), attribute(node, "axis", 1)
+    spread = along(scale, rank, axis)
+    return None if spread is None else Dequantized(integers, dtype, spread, along(zero, rank, axis))
 
 
 Rule = Callable[[At], None]

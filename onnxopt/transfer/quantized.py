@@ -23,6 +23,8 @@ LEVELS = {
 }
 """The lowest and the highest integer."""
 _SMALLEST = float(np.finfo(np.float32).tiny)
+_LARGEST_SUM = 2.0**30
+"""Integers of a bias stay below this, so that the sum they are added to stays within 32 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Dequantized:
         zero: The same for the zero point; None where that is 0.
         axis: The axis that is divided into blocks; -1 without any.
         block: How many neighbours share a scale; 1 without blocks.
+        summed: Of a bias: the weight whose products it is added to, where its steps may be made larger for it.
     """
 
     integers: Tensor
@@ -45,6 +48,7 @@ class Dequantized:
     zero: Tensor | None
     axis: int = -1
     block: int = 1
+    summed: Dequantized | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -108,10 +112,26 @@ class Dequantized:
         return step
 
     def _write_sums(self, array: Array, store: Store) -> None:
-        """Quantize a bias, whose scale is the product of two others and so is not for it to choose."""
+        """Quantize a bias, whose scale is the product of two others.
+
+        Next to weights that are almost 0 it may be too large for it: then their steps are made larger.
+        """
         scale = self._spread(self.scale.read(store).astype(np.float64))
+        larger = np.abs(array / scale) / _LARGEST_SUM
+        if self.summed is not None and np.any(larger > 1):
+            self.summed.coarsen(np.maximum(larger, 1), store)
+            scale = self._spread(self.scale.read(store).astype(np.float64))
         self.integers.write(np.clip(np.rint(array / scale), -(2**31), 2**31 - 1), store)
         self._require_near(array, scale, store)
+
+    def coarsen(self, factors: Array, store: Store) -> None:
+        """Make steps larger, each by its factor, or all by the largest where there is one step."""
+        if self.zero is not None and np.any(self.zero.read(store)):
+            return
+        array, scale = self.read(store).astype(np.float64), self.scale.read(store).astype(np.float64)
+        scale = scale * (factors.reshape(scale.shape) if scale.size == factors.size else factors.max())
+        self.scale.write(scale.astype(np.float32), store)
+        self.integers.write(np.rint(array / self._spread(self.scale.read(store).astype(np.float64))), store)
 
     def _require_near(self, array: Array, scale: Array, store: Store) -> None:
         """Raise where an integer stands for something else than its number, rounded: half a step and half of 0's."""

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 
 import onnxopt
+from onnxopt.graph import constant_array
 from onnxopt.transfer.tensors import Repeated, Store
 from onnxopt.transfer.to_real import in_real_numbers
 from onnxopt.transfer.view import Viewer
@@ -57,12 +58,12 @@ def _net(form: str, seed: int, height: object = 8) -> onnx.ModelProto:
     return build(text, {**weights, **more[form]}, seed)
 
 
-def _quantized(model: onnx.ModelProto, folder: Path) -> str:
+def _quantized(model: onnx.ModelProto, folder: Path, passes: str = "quantize-static") -> str:
     drawn = np.random.default_rng(3).normal(0, 1, (4, 2, 3, 8, 8)).astype(np.float32)
     data, path = str(folder / "x.npz"), str(folder / "integers.onnx")
     np.savez(data, **{f"{i:04d}/x": x for i, x in enumerate(drawn)})
     made = onnxopt.optimize(
-        model, passes="quantize-static", target="cpu", data=data, max_error=np.inf, verify=False, measure=False
+        model, passes=passes, target="cpu", data=data, max_error=np.inf, verify=False, measure=False
     )
     onnxopt.save(made.model, path)
     return path
@@ -130,3 +131,31 @@ def test_one_bias_for_all_places_of_a_window(tmp_path: Path) -> None:
     for place in part.source.read(store).reshape(4, 8):
         np.testing.assert_allclose(place, expected["up_bias"], atol=0.01)
     np.testing.assert_allclose(part.read(store), expected["up_bias"], atol=0.01)
+
+
+def test_biases_of_old_opsets_follow_their_scales(tmp_path: Path) -> None:
+    """The runtime takes their step for that of the input times that of the weight, whatever is stored."""
+    path = _quantized(_net("maxima", 2), tmp_path)
+    model = onnxopt.transfer(_net("maxima", 1), path).model
+    found = {n: t for n, v in model.graph.initializers.items() if (t := constant_array(v)) is not None}
+    for weight, data in (("first", "x"), ("second", "b")):
+        np.testing.assert_allclose(
+            found[f"{weight}_bias_scale"], found[f"{data}_scale"] * found[f"{weight}_scale"], rtol=1e-6
+        )
+
+
+def test_a_bias_next_to_weights_that_are_almost_0(tmp_path: Path) -> None:
+    """Its integers would not fit into 32 bits with the steps that such weights ask for: they get larger ones."""
+    path, source = _quantized(_net("maxima", 2), tmp_path), _net("maxima", 1)
+    for tensor in source.graph.initializer:
+        if tensor.name == "second":
+            array = onnx.numpy_helper.to_array(tensor).copy()
+            array[3] *= 1e-9
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, "second"))
+    result = onnxopt.transfer(source, path)
+    assert result.coverage == 1
+    assert _off(source, result.model) < 0.1
+    found = {n: t for n, v in result.model.graph.initializers.items() if (t := constant_array(v)) is not None}
+    assert np.abs(found["second_bias_int32"].astype(np.int64)).max() <= 2**30
+    assert not found["second_int8"][3].any()
+    assert found["second_int8"][2].any()
