@@ -411,6 +411,11 @@ def use_count(value: ir.Value) -> int:
     return len(value.uses() if uses is None else uses)
 
 
+def is_used(value: ir.Value) -> bool:
+    """Whether a node uses the value, or it is an output of its graph."""
+    return bool(use_count(value)) or value.is_graph_output()
+
+
 def named(tensor: ir.TensorProtocol, name: str) -> ir.TensorProtocol:
     """Return a tensor of this name that shares the data of another one, whose own name stays."""
     if isinstance(tensor, ir.ExternalTensor):

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim, exact_div, provably_positive
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.graph import attribute, has_references, is_op
+from onnxopt.graph import attribute, has_references, is_op, only_use
 
 LAYOUT_OPS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Flatten")
 
@@ -154,6 +154,20 @@ class Step:
     op: str
     values: tuple[int, ...]
     shape: tuple[Dim, ...]
+
+
+def chain_to(last: ir.Node) -> list[ir.Node]:
+    """Return the layout nodes that end in a node, first to last; values in between have no other use."""
+    chain = [last]
+    while True:
+        source = chain[-1].inputs[0]
+        before = source.producer() if source is not None else None
+        if source is None or before is None or not is_layout(before) or before.graph is not last.graph:
+            break
+        if only_use(source) is None:
+            break
+        chain.append(before)
+    return chain[::-1]
 
 
 def plan(wanted: Rearrangement, *, inferred: bool = False) -> tuple[Step, ...] | None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 
+from onnxopt.analysis.apart import CONV_ATTRIBUTES
 from onnxopt.analysis.ramps import clamp
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
 from onnxopt.graph import Scope, attribute, has_references, is_op, only_use
@@ -18,7 +19,6 @@ BROADCASTING = 7
 """From this opset on, Add broadcasts its operands as in numpy."""
 
 _ACTIVATIONS = ("Relu", "Clip", "Sigmoid", "Tanh", "LeakyRelu", "HardSigmoid")
-_CONV_ATTRIBUTES = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def _found(node: ir.Node, conv: ir.Node, residual: ir.Value, scope: Scope, ctx: 
     user = only_use(node.outputs[0])
     activation = None if user is None or user.graph is not node.graph else _activation(user, scope, ctx)
     last = node if activation is None or user is None else user
-    attributes = {name: a.value for name, a in conv.attributes.items() if name in _CONV_ATTRIBUTES}
+    attributes = {name: a.value for name, a in conv.attributes.items() if name in CONV_ATTRIBUTES}
     bias = conv.inputs[2] if len(conv.inputs) > 2 else None
 
     def build(builder: Builder) -> ir.Value:

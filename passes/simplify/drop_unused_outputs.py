@@ -21,10 +21,10 @@ from onnxopt.graph import (
     has_references,
     insert_before,
     is_op,
+    is_used,
     remove_unused,
     replace_value,
     scopes,
-    use_count,
 )
 from onnxopt.rewrite import Builder
 
@@ -64,18 +64,14 @@ class DropUnusedOutputs(GraphPass):
                     continue
                 apply = _change(scope, node, ctx.shapes, names)
                 if apply is not None:
-                    unused = [o.name for o in node.outputs if o.name and not _is_used(o)]
+                    unused = [o.name for o in node.outputs if o.name and not is_used(o)]
                     summary = f"left out {', '.join(map(str, unused))}"
                     yield Edit(Site(self.name, scope.path, first_output(node)), summary, apply)
 
 
-def _is_used(value: ir.Value) -> bool:
-    return bool(use_count(value)) or value.is_graph_output()
-
-
 def _change(scope: Scope, node: ir.Node, shapes: Shapes, names: Callable[[], Names]) -> Callable[[], None] | None:
     """Return what leaves the unused outputs of a node out, or None when there is nothing to do."""
-    unused = [i for i, output in enumerate(node.outputs) if not _is_used(output)]
+    unused = [i for i, output in enumerate(node.outputs) if not is_used(output)]
     if not unused or len(unused) == len(node.outputs):
         return None
     if is_op(node, *_OPTIONAL):
@@ -136,7 +132,7 @@ def _narrow(node: ir.Node, unused: list[int], bodies: dict[str, int]) -> None:
 
 
 def _only_part(scope: Scope, node: ir.Node, shapes: Shapes, names: Callable[[], Names]) -> Callable[[], None] | None:
-    index = next(i for i, output in enumerate(node.outputs) if _is_used(output))
+    index = next(i for i, output in enumerate(node.outputs) if is_used(output))
     sizes, source = _sizes(scope, node, shapes), node.inputs[0]
     if sizes is None or source is None:
         return None

@@ -20,11 +20,11 @@ from onnxopt.graph import (
     first_output,
     has_references,
     is_op,
+    is_used,
     only_use,
     remove_unused,
     replace_value,
     scopes,
-    use_count,
 )
 from onnxopt.rewrite import Answer, Builder, Found, Same, rewrite
 
@@ -49,17 +49,13 @@ class MergeConcats(GraphPass):
                 parts = _undone(node, scope, ctx.shapes)
                 if parts is None:
                     continue
-                pairs = [(o, p) for o, p in zip(node.outputs, parts, strict=True) if _is_used(o)]
+                pairs = [(o, p) for o, p in zip(node.outputs, parts, strict=True) if is_used(o)]
                 site = Site(self.name, scope.path, first_output(node))
                 reason = next((r for o, p in pairs if (r := cannot_replace(o, p))), None)
                 if reason:
                     yield Refusal(site, reason)
                 else:
                     yield Edit(site, "Split of a Concat", functools.partial(_replace, node, pairs))
-
-
-def _is_used(value: ir.Value) -> bool:
-    return bool(use_count(value)) or value.is_graph_output()
 
 
 def _replace(node: ir.Node, pairs: Sequence[tuple[ir.Value, ir.Value]]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.dims import symbol_name
-from onnxopt.analysis.layout import Step, is_layout, joined, plan, rearrangement
+from onnxopt.analysis.layout import Step, chain_to, is_layout, joined, plan, rearrangement
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.graph import (
@@ -47,7 +47,7 @@ class MergeLayout(GraphPass):
             for node in scope.graph:
                 if not is_layout(node) or is_layout(only_use(node.outputs[0])):
                     continue
-                chain = _chain_to(node)
+                chain = chain_to(node)
                 steps = _shorter(chain, ctx.shapes)
                 if steps is None:
                     continue
@@ -58,21 +58,6 @@ class MergeLayout(GraphPass):
                     continue
                 names = names or Names(model)
                 yield Edit(site, _summary(chain, steps), _apply(scope, names, chain, steps))
-
-
-def _chain_to(last: ir.Node) -> list[ir.Node]:
-    """Return the chain that ends in a node, first to last; values in between have no other use."""
-    chain = [last]
-    while True:
-        source = chain[-1].inputs[0]
-        producer = source.producer() if source is not None else None
-        if producer is None or not is_layout(producer) or producer.graph is not last.graph:
-            break
-        assert source is not None
-        if only_use(source) is None:
-            break
-        chain.append(producer)
-    return chain[::-1]
 
 
 def _shorter(chain: list[ir.Node], shapes: Shapes) -> tuple[Step, ...] | None:

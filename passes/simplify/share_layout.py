@@ -10,7 +10,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim
-from onnxopt.analysis.layout import Rearrangement, Step, is_layout, plan, rearrangement
+from onnxopt.analysis.layout import Rearrangement, Step, chain_to, is_layout, plan, rearrangement
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.analysis.sharing import Sharing, branch, share
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal, Site
@@ -22,7 +22,6 @@ from onnxopt.graph import (
     first_output,
     has_references,
     is_op,
-    only_use,
     remove_unused,
     replace_value,
     scopes,
@@ -152,7 +151,7 @@ def _gathers(node: ir.Node, shapes: Shapes) -> _Plan | str | None:
         picked[index % count if isinstance(count, int) and count else index] = user
     if count != len(users) or sorted(picked) != list(range(len(users))):
         return "not every element of the axis is taken once"
-    chain = _chain_to(node)
+    chain = chain_to(node)
     read = rearrangement(chain, shapes)
     if read is None or chain[0].inputs[0] is None:
         return "the shapes are not known well enough"
@@ -176,20 +175,6 @@ def _is_pick(user: ir.Node, value: ir.Value) -> bool:
         return False
     index = user.inputs[1]
     return constant_ints(index) is not None and index is not None and index.shape is not None and not index.shape
-
-
-def _chain_to(last: ir.Node) -> list[ir.Node]:
-    """Return the layout nodes that end in a node, first to last; values in between have no other use."""
-    chain = [last]
-    while True:
-        source = chain[-1].inputs[0]
-        before = source.producer() if source is not None else None
-        if source is None or before is None or not is_layout(before) or before.graph is not last.graph:
-            break
-        if only_use(source) is None:
-            break
-        chain.append(before)
-    return chain[::-1]
 
 
 # One element of a sequence per part ---------------------------------------------------------------------------
