@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxopt.allocation.consumers import Seen, held_back, observe, outlets
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.contract import Context, ShowBeside
 from onnxopt.coupling.analysis import Coupling, Group
 from onnxopt.coupling.importance import Scores
@@ -21,7 +22,7 @@ from onnxopt.coupling.removal import Removal
 from onnxopt.graph import Names, copied, scopes
 from onnxopt.numeric.elimination import Order, eliminate
 from onnxopt.repair.layers import Layer, read
-from onnxopt.repair.outputs import FLOATS, OutputError
+from onnxopt.repair.outputs import OutputError
 
 Array = npt.NDArray[Any]
 

@@ -14,9 +14,9 @@ from collections.abc import Iterator, Sequence
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.graph import bodies, constant_tensor, is_op
 
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _SIZES = ("Shape", "Size")
 _VIEWS = ("Transpose", "Identity", "Cast")
 _WEIGHTY = 64
@@ -129,7 +129,7 @@ def _activations(nodes: Sequence[ir.Node]) -> set[ir.Value]:
             continue
         given.update(node.outputs)
         if _is_layer(node) or any(v in active for v in read):
-            active.update(v for v in node.outputs if v.dtype in _FLOATS or v.dtype is None)
+            active.update(v for v in node.outputs if v.dtype in FLOATS or v.dtype is None)
     return active
 
 
@@ -138,7 +138,7 @@ def _is_layer(node: ir.Node) -> bool:
     for value in node.inputs:
         tensor = constant_tensor(_origin(value))
         if tensor is not None and len(tensor.shape) > 1 and tensor.size >= _WEIGHTY:
-            return tensor.dtype in _FLOATS and max(tensor.shape.numpy()) < tensor.size
+            return tensor.dtype in FLOATS and max(tensor.shape.numpy()) < tensor.size
     return any(_is_layer(inner) for _, body in bodies(node) for inner in body)
 
 

@@ -15,12 +15,12 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.graph import attribute, constant_array, constant_tensor, has_references, is_op, use_count
 
 Array = np.ndarray[Any, Any]
 
 LINEAR_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 _BLOCK = 1 << 20
 """Elements that are worked on at a time, so that a large weight is never held in float64 as a whole."""

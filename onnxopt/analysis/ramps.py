@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxopt.analysis.algebra import raises_rank
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.graph import attribute, constant_scalar, has_references, is_op, only_use
 
 CLAMP_OPS = ("Clip", "Relu", "Max", "Min")
@@ -26,7 +27,6 @@ BROADCASTING = 8
 """From this opset on, Max and Min broadcast their inputs, as arithmetic has before."""
 
 _MAX_NODES = 16
-_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ def clamp(node: ir.Node, opset: int, shapes: Shapes) -> Clamp | None:
     if not is_op(node, *CLAMP_OPS) or has_references(node) or not node.inputs or node.inputs[0] is None:
         return None
     dtype = shapes.dtype(node.inputs[0])
-    if dtype is None or dtype not in _FLOATS:
+    if dtype is None or dtype not in FLOATS:
         return None
     if is_op(node, "Relu"):
         return Clamp(node.inputs[0], 0.0, math.inf, (node,))
@@ -197,7 +197,7 @@ def _arithmetic(node: ir.Node, shapes: Shapes) -> tuple[ir.Value, float, float] 
     """Read one node as (x, factor, shift)."""
     if has_references(node) or not is_op(node, "Mul", "Div", "Add", "Sub", "Neg") or node.inputs[0] is None:
         return None
-    if shapes.dtype(node.outputs[0]) not in _FLOATS:
+    if shapes.dtype(node.outputs[0]) not in FLOATS:
         return None
     if is_op(node, "Neg"):
         return node.inputs[0], -1.0, 0.0

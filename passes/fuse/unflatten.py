@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from onnxopt.analysis.dims import Dim
 from onnxopt.analysis.layout import Step, reshape_step
-from onnxopt.analysis.linear import FLOATS
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.contract import Context, Edit, GraphPass, Guarantee, Refusal
 from onnxopt.graph import Scope, attribute, constant_tensor, has_references, is_op, only_use, use_count
 from onnxopt.numeric import deferred

@@ -14,12 +14,12 @@ from onnxopt.analysis.blocks import Block, residual_blocks
 from onnxopt.analysis.flops import count
 from onnxopt.analysis.inspect import summary_stats
 from onnxopt.analysis.shapes import Shapes
+from onnxopt.analysis.weights import FLOATS
 from onnxopt.contract import NEEDS_DATA, Context, Edit, GraphPass, Guarantee, Refusal, Site
 from onnxopt.errors import UsageError
 from onnxopt.graph import bodies, constant_tensor, copied, is_op
 from onnxopt.removed import Change, Damage, Removed, Width
 from onnxopt.repair.fit import repair
-from onnxopt.repair.outputs import FLOATS
 from onnxopt.repair.targets import targets
 
 NOT_FINITE = "outputs of the original, or those without it, hold NaN or infinity on calibration samples"
