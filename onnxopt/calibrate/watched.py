@@ -68,11 +68,11 @@ def revealing(model: ir.Model, names: Sequence[str]) -> ir.Model:
     copy = copied(model)
     values = {v.name: v for node in copy.graph for v in node.outputs}
     present = {v.name for v in copy.graph.outputs}
-    for name in dict.fromkeys(names):
+    # Inputs and initializers may be outputs too.
+    for name in (n for n in dict.fromkeys(names) if n not in present):
         if name not in values:
             raise ValueError(f'the main graph computes no value "{name}"')
-        if name not in present:
-            copy.graph.outputs.append(values[name])
+        copy.graph.outputs.append(values[name])
     return copy
 
 

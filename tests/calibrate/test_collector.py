@@ -66,6 +66,17 @@ def test_what_does_not_fit_is_fetched_in_further_runs(monkeypatch: pytest.Monkey
     assert list(collector._portions(["a", "b"], {"a": 8, "b": 8})) == [["a"], ["b"]]
 
 
+def test_outputs_need_no_node() -> None:
+    model = ir.from_onnx_text(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y, float[2] w) <float[2] w = {1, 2}> '
+        "{ y = Add(x, w) }"
+    )
+    kept = {"y": Kept(), "w": Kept()}
+    data = [{"x": np.ones(2, np.float32)}]
+    calibration(data, real=True).observe(model, {name: [k] for name, k in kept.items()})
+    assert [k.seen[0].tolist() for k in kept.values()] == [[2, 3], [1, 2]]
+
+
 def test_unknown_values_are_named() -> None:
     with pytest.raises(ValueError, match='computes no value "nowhere"'):
         calibration(feeds(1), real=True).observe(ir.from_onnx_text(MODEL), {"nowhere": [Kept()]})
