@@ -131,6 +131,20 @@ def test_outputs_must_hold_classes(body: str, outputs: str, words: str) -> None:
         evaluate(unfit, unfit, one_hot(LABELS), None, "top1")
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 2, 0, 1, 2, 0, 3], [255] * 8, [3.0] * 8])
+def test_labels_must_be_classes_of_the_output(labels: list[float]) -> None:
+    with pytest.raises(DataError, match=r"The label (3|255) is none of the 3 classes .* counted from 0; .* label -1"):
+        evaluate(SAME, SAME, one_hot(LABELS), np.array(labels), "top1")
+
+
+def test_some_labels_must_count() -> None:
+    labels = np.full(8, -100)
+    with pytest.raises(DataError, match="All labels are -1 or below"):
+        evaluate(SAME, SAME, one_hot(LABELS), labels, "top1")
+    labels[3] = 0
+    assert evaluate(SAME, SAME, one_hot(LABELS), labels, "top1").candidate == 1.0
+
+
 def test_labels_must_be_whole_numbers() -> None:
     with pytest.raises(DataError, match="whole numbers"):
         evaluate(SAME, SAME, one_hot(LABELS), np.full(8, 0.5), "top1")

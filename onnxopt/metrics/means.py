@@ -44,20 +44,27 @@ class Top1(Mean):
 
     def __init__(self) -> None:
         super().__init__(_share_right, higher_is_better=True)
-        self._positions = 0
+        self._positions = self._counted = 0
 
     def add(self, reference: Outputs, candidate: Outputs, label: np.ndarray | None) -> None:
         """Take in the outputs of both models for one sample."""
         found = classes(main_output(reference))
         label = found if label is None else label
-        self._positions += max(1, int(np.count_nonzero(label > IGNORED)) if label.dtype.kind in "iuf" else found.size)
+        counted = int(np.count_nonzero(label > IGNORED)) if label.dtype.kind in "iuf" else found.size
+        self._counted += counted
+        self._positions += max(1, counted)
         super().add(reference, candidate, label)
 
     def result(self, seed: int) -> Figures:
         """Return the shares. The interval also holds what the number of samples that differ allows.
 
         Resampling knows of no loss that was not seen, and takes a rare one for rarer than it may be.
+
+        Raises:
+            DataError: If no position has a label that counts.
         """
+        if not self._counted:
+            raise DataError(f"All labels are {IGNORED} or below, and such positions do not count for top1.")
         found = super().result(seed)
         pairs = np.array(self._pairs)
         drops = pairs[:, 0] - pairs[:, 1]
@@ -80,6 +87,11 @@ def _share_right(scores: np.ndarray, label: np.ndarray) -> float:
     if label.dtype.kind not in "iub" and not np.array_equal(label, np.floor(label)):
         raise DataError("top1 needs whole numbers as labels, the positions of the right classes.")
     label = label.reshape(-1)
+    if label.max() >= scores.shape[-1]:
+        raise DataError(
+            f"The label {label.max():g} is none of the {scores.shape[-1]} classes of the output, which are counted "
+            f"from 0; give positions that do not count the label {IGNORED}."
+        )
     counts = label > IGNORED
     return float(np.mean(found.reshape(-1)[counts] == label[counts])) if counts.any() else 1.0
 
