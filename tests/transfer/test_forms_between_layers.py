@@ -159,3 +159,18 @@ def test_a_bias_next_to_weights_that_are_almost_0(tmp_path: Path) -> None:
     assert np.abs(found["second_bias_int32"].astype(np.int64)).max() <= 2**30
     assert not found["second_int8"][3].any()
     assert found["second_int8"][2].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_optimized_once_more(form: str, tmp_path: Path) -> None:
+    """The exact passes change no output of such a model, make it no bigger, and leave it one that parameters move into."""
+    path, source = _quantized(_net(form, 2), tmp_path), _net(form, 1)
+    again = onnxopt.optimize(path, target="cpu", measure=False)
+    assert again.report.verification is not None
+    assert again.report.verification.ok
+    assert not [o for p in again.report.passes for o in p.dropped]
+    assert len(list(again.model.graph)) <= len(list(onnxopt.load(path).graph))
+    there = onnxopt.transfer(source, again.model)
+    assert there.coverage == 1
+    assert there.certificate is not None
+    assert there.certificate.verdict == "close"
