@@ -7,17 +7,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report import summary, words
+from onnxopt.report import names, summary, words
 from onnxopt.report.markup import Html, drawing, tag
 
 if TYPE_CHECKING:
     from onnxopt.report.data import Candidate, SearchReport
 
 _WIDTH, _HEIGHT = 760, 340
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 216, 18, 46
-"""To the right is room for the names, one below the other."""
-_NAME, _LINE = 34, 13
-"""Letters of a name, and the height of its line."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, names.ROOM, 18, 46
 _SMALLEST, _LARGEST = 5.0, 16.0
 """Radii; the area of a disc goes with the size of the file."""
 
@@ -66,7 +63,9 @@ def picture(search: SearchReport) -> Html | None:
     limit = search.max_drop if search.metric and search.max_drop is not None else search.max_error
     scale = _scale(dots, limit)
     parts = [*_frame(scale, summary.quality_title(search)), *_budget(scale, limit), _line(scale, front(dots))]
-    parts += _names(scale, dots)
+    winner = next((d.candidate.name for d in dots if d.candidate.status == "winner"), "")
+    places = [(d.candidate.name, scale.x(d.ratio), scale.y(d.loss)) for d in dots]
+    parts += names.beside(places, _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM, winner)
     biggest = max(d.candidate.bytes or 1 for d in dots)
     for dot in sorted(dots, key=lambda d: -(d.candidate.bytes or 0)):
         parts.append(_disc(scale, dot, biggest))
@@ -153,36 +152,6 @@ def _disc(scale: _Scale, dot: _Dot, biggest: int) -> Html:
             class_=f"disc {_STYLE.get(candidate.status, 'same')}",
         ),
     )
-
-
-def _names(scale: _Scale, dots: Sequence[_Dot]) -> list[Html]:
-    """Write the names one below the other, each with a line to its disc."""
-    parts: list[Html] = []
-    ordered = sorted(dots, key=lambda d: (scale.y(d.loss), -d.ratio))
-    start = _WIDTH - _RIGHT + 14
-    for dot, y in zip(ordered, spread([scale.y(d.loss) for d in ordered], _LINE, _TOP, _HEIGHT - _BOTTOM), strict=True):
-        end = " (winner)" if dot.candidate.status == "winner" else ""
-        path = f"M {scale.x(dot.ratio):.1f} {scale.y(dot.loss):.1f} L {start - 10} {y:.1f} L {start - 3} {y:.1f}"
-        parts.append(tag("path", d=path, class_="leader"))
-        parts.append(_text(words.fold(dot.candidate.name, _NAME - len(end)) + end, start, y + 4, "start"))
-    return parts
-
-
-def spread(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move places apart, in their order, and keep them between two ends.
-
-    Args:
-        places: In ascending order.
-        gap: Between neighbours; less where there is no room for it.
-        low: The lower end.
-        high: The upper end.
-    """
-    gap = min(gap, (high - low) / max(len(places) - 1, 1))
-    found: list[float] = []
-    for i, place in enumerate(places):
-        least = found[-1] + gap if found else low
-        found.append(min(max(place, least), high - gap * (len(places) - 1 - i)))
-    return found
 
 
 def _text(text: str, x: float, y: float, anchor: str) -> Html:

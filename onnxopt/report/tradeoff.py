@@ -7,11 +7,11 @@ import math
 from collections.abc import Sequence
 
 from onnxopt.removed import Damage
-from onnxopt.report import removals, words
+from onnxopt.report import names, removals, words
 from onnxopt.report.markup import Html, drawing, tag
 
-_WIDTH, _HEIGHT = 640, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 24, 18, 46
+_WIDTH, _HEIGHT = 760, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, names.ROOM, 18, 46
 _RADIUS = 5
 _NAMED = 6
 """Groups with their names: those that cost most and those that save most, half of each."""
@@ -46,7 +46,7 @@ def picture(table: removals.Table) -> Html | None:
     places = [(dot, _x(dot.saved, right), _y(dot.cost, top)) for dot in dots]
     description = f"Parameters saved and {axis} of {words.count(len(dots), 'group')}"
     return drawing(
-        description, [*_frame(right, top, axis), *(_disc(*place) for place in places), *_names(places)], _WIDTH, _HEIGHT
+        description, [*_frame(right, top, axis), *_names(places), *(_disc(*place) for place in places)], _WIDTH, _HEIGHT
     )
 
 
@@ -91,17 +91,11 @@ def _disc(dot: _Dot, x: float, y: float) -> Html:
 
 
 def _names(places: Sequence[tuple[_Dot, float, float]]) -> list[Html]:
-    """Name the groups that stand out beside their discs, from the top down, so that no name covers another."""
+    """Name the groups that stand out."""
     by_cost = sorted(places, key=lambda place: -place[0].cost)
     by_saved = sorted(places, key=lambda place: -place[0].saved)
     chosen = dict.fromkeys((*by_cost[: _NAMED // 2], *by_saved[: _NAMED // 2]))
-    found: list[Html] = []
-    last = -math.inf
-    for dot, x, y in sorted(chosen, key=lambda place: place[2]):
-        left, last = x > _WIDTH / 2, max(y + 4, last + 13)
-        offset = -_RADIUS - 4 if left else _RADIUS + 4
-        found.append(_text(words.fold(dot.name, 28), x + offset, last, "end" if left else "start"))
-    return found
+    return names.beside([(dot.name, x, y) for dot, x, y in chosen], _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM)
 
 
 def _text(text: str, x: float, y: float, anchor: str) -> Html:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from onnxopt.report import pareto, summary
+from onnxopt.report import names, pareto, summary
 from onnxopt.report.data import Report, SearchReport
 from onnxopt.report.html import to_html
 from onnxopt.report.json import to_json
@@ -174,7 +174,7 @@ def test_names_stand_below_each_other_within_the_picture(search: SearchReport, c
 
 @given(st.lists(st.floats(-50, 150), min_size=1, max_size=30).map(sorted), st.floats(0.1, 20))
 def test_places_are_spread_in_order_between_the_ends(places: list[float], gap: float) -> None:
-    found = pareto.spread(places, gap, 0.0, 100.0)
+    found = names.spread(places, gap, 0.0, 100.0)
     narrow = min(gap, 100 / max(len(places) - 1, 1)) - 1e-9
     assert all(b - a >= narrow for a, b in itertools.pairwise(found))
     assert found[0] >= -1e-9
