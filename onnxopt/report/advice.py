@@ -11,9 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxopt.report import curve, words
-from onnxopt.report.head import page, percent
+from onnxopt.report.head import percent
 from onnxopt.report.json import dump, plain
 from onnxopt.report.markup import Html, tag
+from onnxopt.report.page import section, short_page
 
 if TYPE_CHECKING:
     from onnxopt.advice.shift import Shift
@@ -136,19 +137,19 @@ def to_html(advice: Advice) -> str:
     titles = ("way", "accuracy (95%)", _against(advice), "per fit", "")
     head = tag("thead", tag("tr", *(tag("th", t, scope="col") for t in titles)))
     rows = (tag("tr", *(tag("td", cell) for cell in row)) for row in _rows(advice))
-    sections = [tag("section", tag("h2", "Ways compared"), tag("table", head, tag("tbody", *rows)))]
+    sections = [section("Ways compared", tag("table", head, tag("tbody", *rows)))]
     lines = _lines(advice)
     if lines:
         text = "Mean accuracy on samples that were left out. Ways that train are one point, at all samples."
         picture = curve.picture(lines, guessing=advice.guessing)
         caption = tag("p", text, class_="dim caption")
-        sections.insert(0, tag("section", tag("h2", "Accuracy against labelled samples per class"), picture, caption))
+        sections.insert(0, section("Accuracy against labelled samples per class", picture, caption))
     notes = _notes(advice)
     if notes:
         items: list[Html] = [tag("li", words.sentence(n)) for n in notes]
-        sections.append(tag("section", tag("h2", "Notes"), tag("ul", *items)))
+        sections.append(section("Notes", tag("ul", *items)))
     title = f"Transfer of {advice.model}"
-    return page(title, f"{advice.verdict.sentence} {words.sentence(setting(advice))}", sections)
+    return short_page(title, f"{advice.verdict.sentence} {words.sentence(setting(advice))}", sections)
 
 
 def _lines(advice: Advice) -> list[curve.Line]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from onnxopt.report.markup import Html, drawing, tag
+from onnxopt.report.markup import Html, drawing, lettering, tag
 
 if TYPE_CHECKING:
     from onnxopt.probe.validation import Step
@@ -67,7 +67,7 @@ def picture(lines: Sequence[Line], *, guessing: float) -> Html:
     parts = _frame(scale, sorted({s.per_class for line in lines for s in line.steps}))
     y = scale.y(guessing)
     parts.append(tag("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="reference"))
-    parts.append(_text("guessing", _WIDTH - _RIGHT + 6, y + 4, "start"))
+    parts.append(lettering("guessing", _WIDTH - _RIGHT + 6, y + 4, "start"))
     for line in lines:
         parts += _line(scale, line)
     parts += _labels(scale, lines)
@@ -93,9 +93,9 @@ def _frame(scale: _Scale, sizes: Sequence[int]) -> list[Html]:
         if y > floor + 1:
             break
         parts.append(tag("line", x1=_LEFT, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="rail"))
-        parts.append(_text(f"{share:.0%}", _LEFT - 8, y + 4, "end"))
-    parts += [_text(f"{size:,}", scale.x(size), floor + 16, "middle") for size in sizes]
-    parts.append(_text("labelled samples per class", (_LEFT + right) / 2, _HEIGHT - 8, "middle"))
+        parts.append(lettering(f"{share:.0%}", _LEFT - 8, y + 4, "end"))
+    parts += [lettering(f"{size:,}", scale.x(size), floor + 16, "middle") for size in sizes]
+    parts.append(lettering("labelled samples per class", (_LEFT + right) / 2, _HEIGHT - 8, "middle"))
     return parts
 
 
@@ -130,9 +130,5 @@ def _labels(scale: _Scale, lines: Sequence[Line]) -> list[Html]:
     for line in sorted(lines, key=lambda n: -n.steps[-1].mean):
         end = line.steps[-1]
         last = max(scale.y(end.mean) + 4, last + 13)
-        parts.append(_text(line.label, scale.x(end.per_class) + 8, last, "start"))
+        parts.append(lettering(line.label, scale.x(end.per_class) + 8, last, "start"))
     return parts
-
-
-def _text(text: str, x: float, y: float, anchor: str) -> Html:
-    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)

@@ -13,7 +13,7 @@ from rich.text import Text
 from onnxopt.report import curve, words
 from onnxopt.report.json import dump, plain
 from onnxopt.report.markup import Html, joined, tag
-from onnxopt.report.style import STYLE
+from onnxopt.report.page import section, short_page
 
 if TYPE_CHECKING:
     from onnxopt.probe.validation import Accuracy, Step
@@ -186,36 +186,16 @@ def to_json(report: HeadReport) -> str:
 def to_html(report: HeadReport) -> str:
     """Return the report as a page of its own."""
     rows = [tag("tr", tag("th", title, scope="row"), tag("td", text)) for title, text in lines(report)]
-    sections = [_section("Result", tag("table", tag("tbody", *rows)))]
+    sections = [section("Result", tag("table", tag("tbody", *rows)))]
     if report.curve:
         caption = "Mean accuracy on samples that were left out; shaded: 90% of the draws of labelled samples."
         picture = curve.picture([curve.Line("head", report.curve, "better")], guessing=report.majority)
-        sections.insert(0, _section("Accuracy against labelled samples per class", picture, _caption(caption)))
+        sections.insert(0, section("Accuracy against labelled samples per class", picture, _caption(caption)))
     if report.confusions:
-        sections.append(_section("Taken for another class most often", _confusions(report.confusions)))
+        sections.append(section("Taken for another class most often", _confusions(report.confusions)))
     if report.notes:
-        sections.append(_section("Notes", tag("ul", *(tag("li", words.sentence(n)) for n in report.notes))))
-    return page(f"New head of {report.model}", headline(report) + ".", sections)
-
-
-def page(title: str, subtitle: str, sections: Sequence[Html]) -> str:
-    """Return a self-contained page."""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content="default-src 'none'; style-src 'unsafe-inline'"),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{title} - onnxopt"),
-        tag("style", Html(STYLE)),
-    )
-    header = tag("header", tag("p", "onnxopt", class_="kicker"), tag("h1", title), tag("p", subtitle))
-    body = tag("body", tag("main", header, *sections))
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
-
-
-def _section(title: str, *content: str) -> Html:
-    return tag("section", tag("h2", title), *content)
+        sections.append(section("Notes", tag("ul", *(tag("li", words.sentence(n)) for n in report.notes))))
+    return short_page(f"New head of {report.model}", headline(report) + ".", sections)
 
 
 def _caption(text: str) -> Html:

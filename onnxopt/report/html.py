@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from onnxopt.report import alone, charts, pareto, removals, summary, tradeoff, words
 from onnxopt.report.markup import Html, joined, tag
-from onnxopt.report.style import STYLE
+from onnxopt.report.page import page, section
 from onnxopt.report.terminal import environment_line
 
 if TYPE_CHECKING:
@@ -26,27 +26,11 @@ OUTPUTS = 40
 LAYERS = 6
 """Layers named of a group that was removed."""
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-"""Even if a model's names got through as markup, nothing in the page could run or load."""
-
 
 def to_html(report: Report) -> str:
     """Return a report as a page."""
-    name = summary.title(report)
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name="color-scheme", content="light dark"),
-        tag("title", f"{name} - onnxopt report"),
-        tag("style", Html(STYLE)),
-    )
-    body = tag(
-        "body",
-        tag("main", *filter(None, (_top(report), *_sections(report), _footer(report)))),
-    )
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+    parts = filter(None, (_top(report), *_sections(report), _footer(report)))
+    return page(f"{summary.title(report)} - onnxopt report", *parts)
 
 
 def _top(report: Report) -> Html:
@@ -113,30 +97,26 @@ def _tile(label: str, figure: str, detail: str, style: str = "") -> Html:
 
 
 def _sections(report: Report) -> Iterable[Html]:
-    yield _section("Result against original", charts.ratio_chart(_bars(report)), _comparison(report))
+    yield section("Result against original", charts.ratio_chart(_bars(report)), _comparison(report))
     if report.search is not None:
-        yield _section("Search", *_search(report.search))
+        yield section("Search", *_search(report.search))
     removed = list(removals.tables(report.passes))
     if removed:
-        yield _section("Widths", *_widths([line.removed for table in removed for line in table.lines]))
+        yield section("Widths", *_widths([line.removed for table in removed for line in table.lines]))
     for table in removed:
-        yield _section("Removed", *_removed(table, report))
+        yield section("Removed", *_removed(table, report))
     if report.alone is not None:
-        yield _section(alone.TITLE, *_alone(report.alone))
+        yield section(alone.TITLE, *_alone(report.alone))
     if report.verification is not None:
-        yield _section("Outputs", *_outputs(report.verification, report.data))
+        yield section("Outputs", *_outputs(report.verification, report.data))
     if report.passes:
-        yield _section("Passes", *_passes(report))
+        yield section("Passes", *_passes(report))
     notes = summary.notes(report)
     if notes:
-        yield _section("Notes", tag("ul", *(tag("li", n) for n in notes)))
+        yield section("Notes", tag("ul", *(tag("li", n) for n in notes)))
     if report.seconds:
         spans = [charts.Span(s, t, words.duration(t), "stage") for s, t in report.seconds]
-        yield _section("Where the time went", charts.timeline(spans))
-
-
-def _section(title: str, *content: str) -> Html:
-    return tag("section", tag("h2", title), *content)
+        yield section("Where the time went", charts.timeline(spans))
 
 
 def _bars(report: Report) -> list[charts.Bar]:

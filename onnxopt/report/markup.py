@@ -43,6 +43,11 @@ def tag(name: str, /, *children: str, **attributes: str | float) -> Html:
     return Html(f"<{name}{written}>{joined(children)}</{name}>")
 
 
+def lettering(text: str, x: float, y: float, anchor: str) -> Html:
+    """Return text in a picture; `anchor` says whether its "start", "middle" or "end" is at x."""
+    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
+
+
 def drawing(description: str, parts: Iterable[Html], width: int, height: int) -> Html:
     """Return a picture whose description is there for those who do not see it.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from onnxopt.report import names, summary, words
-from onnxopt.report.markup import Html, drawing, tag
+from onnxopt.report.markup import Html, drawing, lettering, tag
 
 if TYPE_CHECKING:
     from onnxopt.report.data import Candidate, SearchReport
@@ -107,16 +107,16 @@ def _frame(scale: _Scale, title: str) -> list[Html]:
     parts = [tag("line", x1=_LEFT, x2=right, y1=floor, y2=floor, class_="rail")]
     step = next(s for s in (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, math.ceil(scale.right)) if scale.right / s <= 6)
     for i in range(int(scale.right / step) + 1):
-        parts.append(_text(f"{i * step:.0%}", scale.x(i * step), floor + 16, "middle"))
-    parts.append(_text("latency, of the original's", (_LEFT + right) / 2, _HEIGHT - 8, "middle"))
+        parts.append(lettering(f"{i * step:.0%}", scale.x(i * step), floor + 16, "middle"))
+    parts.append(lettering("latency, of the original's", (_LEFT + right) / 2, _HEIGHT - 8, "middle"))
     x = scale.x(1.0)
     parts.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=_TOP, y2=floor, class_="reference"))
-    parts.append(_text("0", _LEFT - 8, scale.y(0.0) + 4, "end"))
+    parts.append(lettering("0", _LEFT - 8, scale.y(0.0) + 4, "end"))
     for power in range(scale.lowest, scale.highest + 1):
         y = scale.y(10.0**power)
         parts.append(tag("line", x1=_LEFT, x2=right, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="rail"))
-        parts.append(_text(f"1e{power:+03d}", _LEFT - 8, y + 4, "end"))
-    parts.append(_text(title, _LEFT, _TOP - 6, "start"))
+        parts.append(lettering(f"1e{power:+03d}", _LEFT - 8, y + 4, "end"))
+    parts.append(lettering(title, _LEFT, _TOP - 6, "start"))
     return parts
 
 
@@ -127,7 +127,7 @@ def _budget(scale: _Scale, limit: float | None) -> list[Html]:
     width = scale.x(1.0) - _LEFT
     return [
         tag("rect", x=_LEFT, y=f"{top:.1f}", width=f"{width:.1f}", height=f"{floor - top:.1f}", class_="allowed"),
-        _text("budget", _LEFT + 6, top + 13, "start"),
+        lettering("budget", _LEFT + 6, top + 13, "start"),
     ]
 
 
@@ -152,7 +152,3 @@ def _disc(scale: _Scale, dot: _Dot, biggest: int) -> Html:
             class_=f"disc {_STYLE.get(candidate.status, 'same')}",
         ),
     )
-
-
-def _text(text: str, x: float, y: float, anchor: str) -> Html:
-    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from onnxopt.removed import Damage
 from onnxopt.report import names, removals, words
-from onnxopt.report.markup import Html, drawing, tag
+from onnxopt.report.markup import Html, drawing, lettering, tag
 
 _WIDTH, _HEIGHT = 760, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, names.ROOM, 18, 46
@@ -73,14 +73,15 @@ def _frame(right: float, top: int, axis: str) -> list[Html]:
     parts = [tag("line", x1=_LEFT, x2=end, y1=floor, y2=floor, class_="rail")]
     step = next(s * 10.0**e for e in range(-6, 3) for s in (1, 2, 5) if right / (s * 10.0**e) <= 6)
     parts += [
-        _text(words.share(i * step), _x(i * step, right), floor + 16, "middle") for i in range(int(right / step) + 1)
+        lettering(words.share(i * step), _x(i * step, right), floor + 16, "middle")
+        for i in range(int(right / step) + 1)
     ]
     for exponent in range(top - _DECADES, top + 1):
         y = _y(10.0**exponent, top)
         parts.append(tag("line", x1=_LEFT, x2=end, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="rail"))
-        parts.append(_text(f"{100 * 10.0**exponent:g}%", _LEFT - 8, y + 4, "end"))
-    parts.append(_text("parameters saved, of all", (_LEFT + end) / 2, _HEIGHT - 8, "middle"))
-    parts.append(_text(axis, _LEFT, _TOP - 6, "start"))
+        parts.append(lettering(f"{100 * 10.0**exponent:g}%", _LEFT - 8, y + 4, "end"))
+    parts.append(lettering("parameters saved, of all", (_LEFT + end) / 2, _HEIGHT - 8, "middle"))
+    parts.append(lettering(axis, _LEFT, _TOP - 6, "start"))
     return parts
 
 
@@ -96,7 +97,3 @@ def _names(places: Sequence[tuple[_Dot, float, float]]) -> list[Html]:
     by_saved = sorted(places, key=lambda place: -place[0].saved)
     chosen = dict.fromkeys((*by_cost[: _NAMED // 2], *by_saved[: _NAMED // 2]))
     return names.beside([(dot.name, x, y) for dot, x, y in chosen], _WIDTH - _RIGHT, _TOP, _HEIGHT - _BOTTOM)
-
-
-def _text(text: str, x: float, y: float, anchor: str) -> Html:
-    return tag("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
