@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
+from onnxopt.cli.options.values import F
 from onnxopt.errors import UsageError
 from onnxopt.textfile import write_text
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
     from onnxopt.graft.certificate import ExtractCertificate, GraftCertificate
-
-F = TypeVar("F", bound=Callable[..., Any])
 
 
 def manifest_option() -> Callable[[F], F]:

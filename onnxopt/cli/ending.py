@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxopt.cli import files, written
-from onnxopt.cli.output import show
+from onnxopt.cli.output import show, tell_output
 from onnxopt.cli.progress import drawing
 from onnxopt.errors import UsageError, VerificationError
 from onnxopt.report.words import count
@@ -173,10 +173,7 @@ def _show(report: Report, wanted: Ending) -> None:
     from onnxopt.report.terminal import render
 
     show(lambda console: render(report, console, verbose=wanted.verbose))
-    if report.output:
-        click.echo(f"Written to {report.output}.")
-    else:
-        click.echo("Nothing was written; name a file with -o to keep the result.")
+    tell_output(report.output)
     if str(wanted.patch) in written():
         click.echo(
             f"Patch in {wanted.patch}; `onnxopt optimize {wanted.model} --replay {wanted.patch}` makes it again."

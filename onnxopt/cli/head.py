@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from onnxopt.cli import files, options, written
-from onnxopt.cli.output import show
+from onnxopt.cli.output import show, tell_output
 from onnxopt.cli.progress import drawing
 from onnxopt.textfile import write_text
 
@@ -101,9 +101,6 @@ def _show(report: HeadReport, paths: tuple[Path, ...]) -> None:
     from onnxopt.report.head import render
 
     show(lambda console: render(report, console))
-    if report.output:
-        click.echo(f"Written to {report.output}.")
-    else:
-        click.echo("Nothing was written; name a file with -o to keep the result.")
+    tell_output(report.output)
     for path in paths:
         click.echo(f"Report in {path}.")

@@ -27,3 +27,11 @@ def show(draw: Callable[[Console], None]) -> None:
     text = io.StringIO()
     draw(Console(file=text, highlight=False, markup=False, width=width, color_system=None))
     click.echo("\n".join(line.rstrip() for line in text.getvalue().splitlines()))
+
+
+def tell_output(path: str) -> None:
+    """Say where the result was written, or how it would be where there is no path."""
+    if path:
+        click.echo(f"Written to {path}.")
+    else:
+        click.echo("Nothing was written; name a file with -o to keep the result.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from onnxopt.report import words
-from onnxopt.report.markup import Html, tag
+from onnxopt.report.markup import Html, lettering, tag
 
 ROOM = 216
 """Width that a picture has to leave for them."""
@@ -32,7 +32,7 @@ def beside(
         path = f"M {x:.1f} {y:.1f} L {start + 4:.1f} {line:.1f} L {start + 11:.1f} {line:.1f}"
         parts.append(tag("path", d=path, class_="leader"))
         text = words.fold(name, _LETTERS - len(end)) + end
-        parts.append(tag("text", text, x=f"{start + 14:.1f}", y=f"{line + 4:.1f}", text_anchor="start"))
+        parts.append(lettering(text, start + 14, line + 4, "start"))
     return parts
 
 
