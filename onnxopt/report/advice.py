@@ -98,10 +98,13 @@ def render(advice: Advice, console: Console) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
     for title in ("way", "accuracy (95%)", _against(advice), "per fit"):
         table.add_column(title, no_wrap=True)
-    table.add_column("", overflow="fold")
-    for row in _rows(advice):
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(Padding(table, (0, 0, 0, 2)))
+    # What the ways are stands below, where there is room for it at 80 columns.
+    ways = Table.grid(padding=(0, 2, 0, 0))
+    for *cells, what in _rows(advice):
+        table.add_row(*(Text(cell) for cell in cells))
+        ways.add_row(Text(cells[0], style="dim"), Text(what, style="dim"))
+    console.print(Padding(table, (0, 0, 1, 2)))
+    console.print(Padding(ways, (0, 0, 0, 2)))
     for found in advice.curves:
         console.print()
         console.print(Text(f"Accuracy against labelled samples per class: {found.name}", style="bold cyan"))
