@@ -82,7 +82,7 @@ def _window(node: ir.Node, shapes: Shapes) -> tuple[int, int] | None:
     return (height, width) if tuple(attribute(node, "strides", (1, 1))) == (height, width) else None
 
 
-def write(node: ir.Node, size: tuple[int, int], scope: Scope, names: Names) -> None:
+def write(node: ir.Node, size: tuple[int, int], scope: Scope, shapes: Shapes, names: Names) -> None:
     """Put a Conv, with the activation that follows, and the rearrangement in the place of a ConvTranspose."""
     height, width = size
     result = activated(node.outputs[0])
@@ -90,6 +90,9 @@ def write(node: ir.Node, size: tuple[int, int], scope: Scope, names: Names) -> N
     weight, bias = constant_array(node.inputs[1]), constant_array(node.inputs[2]) if len(node.inputs) > 2 else None
     assert weight is not None and activation is not None, "checked before"
     channels = weight.shape[1]
+    sizes = shapes.of(result) or ()
+    # Where sizes are known, batches of no element can be reshaped too.
+    rows, columns = (n if isinstance(n, int) else -1 for n in sizes[2:]) if len(sizes) == RANK else (-1, -1)
     # What bounds an activation may be computed between it and the node.
     builder = Builder(scope, names, activation, node.outputs[0].name or node.op_type)
     kernel = np.ascontiguousarray(weight.transpose(2, 3, 1, 0)).reshape(-1, weight.shape[0], 1, 1)
@@ -102,11 +105,11 @@ def write(node: ir.Node, size: tuple[int, int], scope: Scope, names: Names) -> N
         rest = activation.inputs[1:]
         attributes = {name: attribute(activation, name) for name in activation.attributes}
         value = builder.op(activation.op_type, [value, *rest], attributes)
-    # n, window and channel, y, x; each Reshape joins one axis of unknown size with a known one
+    # n, window and channel, y, x; each Reshape joins an axis whose size may be unknown with a known one
     value = builder.op("Transpose", [value], {"perm": (0, 3, 2, 1)})
-    value = builder.op("Reshape", [value, builder.ints("rows", (0, 0, -1, width * channels))])
+    value = builder.op("Reshape", [value, builder.ints("rows", (0, 0, rows, width * channels))])
     value = builder.op("Transpose", [value], {"perm": (0, 2, 1, 3)})
-    value = builder.op("Reshape", [value, builder.ints("columns", (0, 0, -1, channels))])
+    value = builder.op("Reshape", [value, builder.ints("columns", (0, 0, columns, channels))])
     value = builder.op("Transpose", [value], {"perm": (0, 3, 1, 2)})
     value.type, value.shape = result.type, result.shape
     replace_value(result, value)

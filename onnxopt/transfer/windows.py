@@ -60,7 +60,7 @@ def _found(last: ir.Node, conversion: Conversion) -> _Windows | None:
             return None
         if order is None:
             shape = constant_ints(current.inputs[1])
-            if shape is None or len(shape) != RANK or shape[:3] != (0, 0, -1) or shape[3] < 1:
+            if shape is None or len(shape) != RANK or shape[:2] != (0, 0) or shape[2] == 0 or shape[3] < 1:
                 return None
             sizes.append(int(shape[3]))
         elif tuple(attribute(current, "perm", ())) != order:

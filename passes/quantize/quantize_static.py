@@ -133,7 +133,7 @@ class QuantizeStatic(GraphPass):
         for node, size in separate_windows(main, ctx.shapes, known):
             summary = "ConvTranspose into Conv and the order of its windows"
             site = Site(self.name, "", first_output(node))
-            yield Edit(site, summary, functools.partial(write_windows, node, size, main, names))
+            yield Edit(site, summary, functools.partial(write_windows, node, size, main, ctx.shapes, names))
         layers: list[Layer] = []
         for scope in scopes(model):
             for node in scope.graph:

@@ -595,6 +595,14 @@ def test_windows_apart_compute_what_conv_transpose_does(sizes, height, width, bi
     assert error(original, model, feeds) < 1e-6
 
 
+def test_windows_may_have_no_batch():
+    body = "a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2]>(a, up, b1) r = Relu(s) y = Conv(r, p2)"
+    model = build(body, inputs="float[n,8,5,6] x", extra=EXTRA)
+    assert "s" in apply(model, [{"x": random(2, 8, 5, 6, seed=i)} for i in range(3)])[0]
+    (got,) = session(model).run(None, {"x": np.zeros((0, 8, 5, 6), np.float32)})
+    assert got.shape == (0, 8, 10, 12)
+
+
 def test_bounds_behind_windows_may_be_constants_that_stand_there():
     model = build(
         """a = Conv(x, p0, b0) s = ConvTranspose<strides = [2, 2]>(a, up, b1) one = Constant<value_float = 1.0>()
