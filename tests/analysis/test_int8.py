@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from onnxopt.analysis.int8 import Ties, activated, between, layer, worthwhile
+from onnxopt.analysis.int8 import Ties, activated, between, layer, repeated, worthwhile
 from onnxopt.analysis.shapes import Shapes
 from onnxopt.graph import scopes
 
@@ -14,7 +14,7 @@ def read(body, constants="float zero = {0}, float six = {6}", inputs="float[1,4,
     scope = next(scopes(model))
     shapes = Shapes(model)
     values = {v.name: v for node in model.graph for v in node.outputs} | {v.name: v for v in model.graph.inputs}
-    found = [b for node in model.graph if (b := between(node, scope, shapes)) is not None]
+    found = [b for node in model.graph if (b := between(node, scope, shapes, "portable")) is not None]
     return model, scope, shapes, values, found
 
 
@@ -109,3 +109,28 @@ def test_only_nodes_on_a_way_from_integers_to_integers_are_worth_it():
 
 def test_one_integer_input_is_enough():
     assert chosen("a = Exp(x) b = Exp(a) c = Add(a, b) y = Neg(c)", {"a", "c"}) == ["c"]
+
+
+def test_multiples_are_told_from_other_products():
+    _, _, _, _, found = read(
+        """a = Mul(x, six) b = Mul(zero, a) c = Mul(b, less) d = Mul(c, wide) e = Mul(six, d) r = Relu(e) f = Mul(r, r)
+        y = Conv(f, p)""",
+        constants="float zero = {0}, float six = {6}, float[1] less = {-1}, float[1,1,1,1,1] wide = {2}",
+    )
+    assert [b.factor for b in found] == [6.0, None, None, None, None, None]
+
+
+def test_repeats_are_whole_factors_rounded_down_or_to_nearest():
+    def read_times(attributes, scales):
+        constants = f"float[4] scales = {{{scales}}}"
+        model, scope, shapes, _, _ = read(f"a = Resize<{attributes}>(x, , scales) y = Conv(a, p)", constants=constants)
+        return repeated(next(iter(model.graph)), scope, shapes)
+
+    floor = 'coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"'
+    assert read_times(floor, "1, 1, 2, 3") == {2: 2, 3: 3}
+    assert read_times('mode = "nearest"', "1, 1, 1, 2") == {3: 2}
+    assert read_times(floor, "1, 1, 1, 1") == {}
+    assert read_times(floor, "1, 1, 1.5, 2") == {}
+    assert read_times(floor, "1, 1, 0.5, 2") == {}
+    assert read_times('coordinate_transformation_mode = "asymmetric"', "1, 1, 2, 2") == {}
+    assert read_times('mode = "linear"', "1, 1, 2, 2") == {}

@@ -64,7 +64,7 @@ def test_exclude(invoke: Invoke, model: Path, tmp_path: Path) -> None:
         (["--mode", "weights", "--bits", "3"], "'4'"),
         (
             ["--mode", "float16", "--bits", "4"],
-            "--bits is for --mode static, dynamic, weights or matmul; leave it out with --mode float16.",
+            "--bits is for --mode weights or matmul; leave it out with --mode float16.",
         ),
         (["--mode", "weights", "--smooth"], "--smooth is for --mode dynamic"),
         (["--mode", "weights", "--block", "0"], "x>=1"),

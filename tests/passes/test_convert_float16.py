@@ -308,7 +308,13 @@ def test_functions_and_models_in_float16_are_left_alone() -> None:
         g (float16[n,4] x) => (float16[n,4] y) { a = my.F(x)  y = MatMul(a, a) }
         <domain: "my", opset_import: ["" : 18]> F (x) => (y) { y = Neg(x) }""")
     result = onnxopt.optimize(
-        model, passes="convert-float16", target="cuda", verify=False, measure=False, force_calibration=True
+        model,
+        passes="convert-float16",
+        target="cuda",
+        verify=False,
+        measure=False,
+        force_calibration=True,
+        shape={"n": 4},
     )
     assert not result.report.passes[-1].applied
 
