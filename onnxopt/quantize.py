@@ -108,6 +108,8 @@ class Scheme:
         way = _WAYS[self.mode]
         options = {o: value for o in way.options if (value := getattr(self, o)) is not None}
         smooth = self.mode == _SMOOTHED and (data if self.smooth is None else self.smooth)
+        if smooth:
+            options["correct_bias"] = True
         return Pipeline(
             (
                 *(Pipeline.recipe("lossless").passes if simplify else ()),

@@ -33,6 +33,7 @@ PASSES: dict[str, tuple[str, str]] = {
     "approximate-gelu, quantize-static": ("approximate-gelu,quantize-static", "cpu"),
     "quantize-dynamic": ("quantize-dynamic", "cpu"),
     "quantize-dynamic, portable": ("quantize-dynamic", "portable"),
+    "quantize-dynamic, corrected": ("quantize-dynamic{correct_bias=true}", "cpu"),
     "smooth-activations": ("smooth-activations", "cpu"),
     "smooth-activations, quantize-dynamic": ("smooth-activations,quantize-dynamic", "cpu"),
     "quantize-matmul": ("quantize-matmul{bits=8}", "cpu"),

@@ -9,19 +9,25 @@ import numpy.typing as npt
 
 
 class ChannelMeans:
-    """The mean of each index of axis 1, over all other axes and all arrays seen."""
+    """The mean of each index of an axis, over all other axes and all arrays seen."""
 
-    def __init__(self) -> None:
-        """Start empty."""
+    def __init__(self, axis: int = 1) -> None:
+        """Start empty.
+
+        Args:
+            axis: Of the channels; -1 for the last one.
+        """
+        self._axis = axis
         self._sums: npt.NDArray[np.float64] | None = None
         self._count = 0
 
     def add(self, array: npt.NDArray[Any]) -> None:
         """Take in an array of numbers, of rank 2 or more and as many channels as those before."""
-        others = tuple(axis for axis in range(array.ndim) if axis != 1)
+        channels = self._axis % array.ndim
+        others = tuple(axis for axis in range(array.ndim) if axis != channels)
         sums = array.sum(axis=others, dtype=np.float64)
         self._sums = sums if self._sums is None else self._sums + sums
-        self._count += array.size // max(array.shape[1], 1)
+        self._count += array.size // max(array.shape[channels], 1)
 
     @property
     def means(self) -> npt.NDArray[np.float64] | None:

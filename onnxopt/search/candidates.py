@@ -38,6 +38,9 @@ _REST = "quantize-weights"
 
 _BLOCKS = "quantize-matmul{bits=4}"
 
+_CORRECTED = "{correct_bias=true}"
+"""Where a candidate learns from data anyway."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inventory:
@@ -196,7 +199,7 @@ def _integers(inventory: Inventory) -> Iterator[Proposal]:
     if products:
         yield from _dynamic(inventory, "dynamic int8", ("quantize-dynamic",))
     if products and convolutions:
-        yield from _dynamic(inventory, "static and dynamic int8", ("quantize-dynamic", "quantize-static"))
+        yield from _dynamic(inventory, "static and dynamic int8", (f"quantize-dynamic{_CORRECTED}", "quantize-static"))
 
 
 def _without_gelu(inventory: Inventory) -> Iterator[Proposal]:
@@ -209,7 +212,8 @@ def _without_gelu(inventory: Inventory) -> Iterator[Proposal]:
 def _dynamic(inventory: Inventory, name: str, passes: tuple[str, ...]) -> Iterator[Proposal]:
     yield _with(name, passes)
     if inventory.product >= FEWEST_ELEMENTS:
-        yield _with(f"smoothed {name}", ("smooth-activations", *passes))
+        learnt = tuple(f"{p}{_CORRECTED}" if p == "quantize-dynamic" else p for p in passes)
+        yield _with(f"smoothed {name}", ("smooth-activations", *learnt))
 
 
 def _with(name: str, passes: tuple[str, ...]) -> Proposal:

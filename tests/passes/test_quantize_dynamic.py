@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onnxopt.analysis.shapes import Shapes
-from onnxopt.contract import Context, Edit, Guarantee
+from onnxopt.calibrate.collector import calibration
+from onnxopt.contract import NEEDS_DATA, Context, Edit, Guarantee
 from onnxopt.errors import UsageError
 from onnxopt.graph import all_nodes, scopes
 from onnxopt.passes.quantize.quantize_dynamic import QuantizeDynamic
@@ -37,10 +38,11 @@ def declare(text, arrays, opset=17):
     return ir.from_proto(proto)
 
 
-def apply(model, target="cpu", deny=(), **options):
+def apply(model, target="cpu", deny=(), feeds=None, **options):
     """Apply the edits but those denied; return the summaries and the reasons of refusals by output."""
     edits, refusals = {}, {}
-    ctx = Context(target=target, seed=0, evaluate=lambda node, inputs, opset: None, shapes=Shapes(model))
+    shapes, learnt = Shapes(model), None if feeds is None else calibration(feeds, real=True)
+    ctx = Context(target=target, seed=0, evaluate=lambda *_: None, shapes=shapes, calibration=learnt)
     assert QuantizeDynamic(**options).skip_reason(model, ctx) is None
     for found in QuantizeDynamic(**options).run(model, ctx):
         if not isinstance(found, Edit):
@@ -167,6 +169,28 @@ def test_neighbours_fit_into_sixteen_bits_together():
     together = np.abs(first) + np.abs(second)
     assert together[(first > 0) == (second > 0)].max() == 128
     assert np.abs(integers).max() > 64
+
+
+@pytest.mark.parametrize("target", ["cpu", "portable"])
+@pytest.mark.parametrize("name", ["MatMul", "MatMul and Add", "Gemm"])
+def test_corrected_biases_keep_means(name, target):
+    original, plain, corrected = case(name), case(name), case(name)
+    shift = random(K, seed=7) * 4
+    feeds = [{"x": feed_for(original)["x"] + shift}]
+    assert apply(plain, target)[0].keys() == apply(corrected, target, feeds=feeds, correct_bias=True)[0].keys()
+    expected, before, after = (run(m, **feeds[0])[0].reshape(-1, N).mean(axis=0) for m in (original, plain, corrected))
+    assert np.abs(after - expected).mean() < 0.6 * np.abs(before - expected).mean()
+
+
+def test_correcting_biases_needs_data_and_finite_means():
+    model = case("MatMul")
+    ctx = Context(target="cpu", seed=0, evaluate=lambda *_: None, shapes=Shapes(model))
+    assert QuantizeDynamic(correct_bias=True).skip_reason(model, ctx) == NEEDS_DATA
+    assert QuantizeDynamic(correct_bias=True).wants_data()
+    feed = {"x": np.full_like(feed_for(model)["x"], np.nan)}
+    assert apply(model, feeds=[feed], correct_bias=True)[0]
+    assert [n.op_type for n in model.graph] == ["DynamicQuantizeMatMul"]
+    assert len(next(iter(model.graph)).inputs) == 3
 
 
 def test_a_bias_is_taken_out_of_a_sum():
